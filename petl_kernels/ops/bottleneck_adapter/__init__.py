@@ -1,0 +1,162 @@
+"""The bottleneck adapter: down-projection, nonlinearity, up-projection, scale and residual as one operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from petl_kernels.ops._op import REFERENCE, Op
+from petl_kernels.ops._refuse import refuse_double_backward, refuse_forward_ad
+from petl_kernels.ops.bottleneck_adapter.reference import bottleneck_adapter as reference
+from petl_kernels.ops.bottleneck_adapter.validation import validate
+
+__all__ = ["bottleneck_adapter"]
+
+
+def _fake_forward(x, w_down, b_down, w_up, b_up, residual, scale, alpha, activation, save_z):
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    y = x.new_empty((*x.shape[:-1], w_up.shape[0]), dtype=dtype)
+    return y, x.new_empty((*x.shape[:-1], w_down.shape[0]) if save_z else (0,))
+
+
+def _fake_backward(g, x, z, w_down, b_down, w_up, b_up, scale, alpha, activation, add_g, needs):
+    dx = z.new_empty((*g.shape[:-1], w_down.shape[1]) if needs[0] else (0,))
+    parameters = zip((w_down, b_down, w_up, b_up, scale), needs[1:])
+    return dx, *(p.new_empty(p.shape) if need else z.new_empty((0,)) for p, need in parameters)
+
+
+def _preference(x: Tensor, *_: Any) -> tuple[str, ...]:
+    # Measured on CPUs only (benchmarks/results): on a GPU nothing is known yet, and "auto" takes nothing on trust.
+    return ("cpp",) if x.device.type == "cpu" else ()
+
+
+OP = Op(__name__, impls=("cpp", "triton"), preference=_preference)
+
+# `scale` and `alpha` are the tensor and the float form of the scale, the float being 1.0 beside a tensor. z is the
+# pre-activation [..., r] in x's dtype, empty when `save_z` is false. Outputs are contiguous.
+FORWARD = OP.direction(
+    "bottleneck_adapter_fwd(Tensor x, Tensor w_down, Tensor? b_down, Tensor w_up, Tensor? b_up, Tensor? residual, "
+    "Tensor? scale, float alpha, str activation, bool save_z) -> (Tensor y, Tensor z)",
+    "forward",
+    _fake_forward,
+)
+# `add_g`: the residual was x itself, so that dx = g + dz w_down. `needs` = (x, w_down, b_down, w_up, b_up, scale):
+# a gradient that is not needed comes back as an empty tensor of z's dtype; x is None unless w_down needs it.
+BACKWARD = OP.direction(
+    "bottleneck_adapter_bwd(Tensor g, Tensor? x, Tensor z, Tensor w_down, Tensor? b_down, Tensor w_up, Tensor? b_up, "
+    "Tensor? scale, float alpha, str activation, bool add_g, bool[] needs) "
+    "-> (Tensor dx, Tensor dw_down, Tensor db_down, Tensor dw_up, Tensor db_up, Tensor dscale)",
+    "backward",
+    _fake_backward,
+)
+
+
+class _BottleneckAdapter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w_down, b_down, w_up, b_up, residual, scale, alpha, activation, sequential, save_z, impl):
+        added = x if sequential else residual
+        y, z = FORWARD(impl, x, w_down, b_down, w_up, b_up, added, scale, alpha, activation, save_z)
+        # x is N x d and is kept only for dw_down; z is N x r.
+        ctx.save_for_backward(x if w_down.requires_grad else None, z, w_down, b_down, w_up, b_up, scale)
+        ctx.options = (alpha, activation, sequential)
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        ctx.impl = impl
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        need_x, *need_parameters, need_residual, need_scale = ctx.needs_input_grad[:7]
+        needs = (need_x, *need_parameters, need_scale)
+        grads = (None,) * 6
+        with torch.no_grad():
+            if any(needs):
+                raw = BACKWARD(ctx.impl, g, *ctx.saved_tensors, *ctx.options, needs)
+                grads = tuple(t if need else None for t, need in zip(raw, needs))
+            d_residual = g.to(ctx.residual_dtype) if need_residual else None
+        grads = (*grads[:5], d_residual, grads[5])
+        return *refuse_double_backward(OP.name, grads, (g, *ctx.saved_tensors)), *(None,) * 5
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        refuse_forward_ad(OP.name)
+
+
+def _prepare(
+    x: Tensor,
+    w_down: Tensor,
+    b_down: Tensor | None,
+    w_up: Tensor,
+    b_up: Tensor | None,
+    *,
+    residual: Tensor | None = None,
+    activation: str = "gelu",
+    scale: float | Tensor = 1.0,
+) -> tuple[Any, ...]:
+    """The call that the implementations see: validated, and under autocast with x in the autocast dtype."""
+    validate(x, w_down, b_down, w_up, b_up, residual, scale, activation)
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        # As F.linear does under autocast. A residual stays as it is and promotes the sum, as eager's addition does.
+        x = x.to(torch.get_autocast_dtype(device))
+    return x, w_down, b_down, w_up, b_up, residual, scale, activation
+
+
+OP.prepare = _prepare
+
+
+def bottleneck_adapter(
+    x: Tensor,
+    w_down: Tensor,
+    b_down: Tensor | None,
+    w_up: Tensor,
+    b_up: Tensor | None,
+    *,
+    residual: Tensor | None = None,
+    activation: str = "gelu",
+    scale: float | Tensor = 1.0,
+    impl: str | None = None,
+) -> Tensor:
+    """A bottleneck adapter: `residual + scale * (act(x w_down^T + b_down) w_up^T + b_up)`, differentiable once.
+
+    Houlsby et al. 2019 (arXiv:1902.00751, section 2.1) with `residual=x`; He et al. 2021 (arXiv:2110.04366, table 1)
+    with another residual, or with none and the sum left to the caller. The scale multiplies `b_up` too.
+
+    Args:
+        x: input [..., d_in], float32, bfloat16, float16 or float64, any strides. Under autocast it is first cast to
+            the autocast dtype.
+        w_down: down-projection [r, d_in]. Parameters share one dtype, which may differ from x's (float32 masters
+            beside bfloat16 activations); kernels cast as they read and accumulate in float32.
+        b_down: its bias [r], or None.
+        w_up: up-projection [d_out, r].
+        b_up: its bias [d_out], or None.
+        residual: what is added, [..., d_out]: x itself (sequential), another tensor (parallel), or None.
+        activation: "relu", "gelu" (erf), "gelu_tanh", "silu", "tanh", "sigmoid", "leaky_relu" (0.01) or "identity".
+        scale: a float, a learned scalar [] or [1], or a learned vector [d_out].
+        impl: "reference", "cpp", "triton", or None for the fastest known; see `explain` and `use_impl`.
+
+    Returns:
+        [..., d_out], contiguous, in x's dtype, promoted with residual's. Each gradient has its input's dtype.
+
+    Raises:
+        ValueError: a shape, device, activation or impl that does not fit.
+        TypeError: not a tensor, not floating point, or dtypes that do not mix.
+        RuntimeError: `impl` was asked for and cannot run this call; the message says why. Forward-mode AD and double
+            backward, which only `impl="reference"` computes.
+    """
+    sequential = residual is x
+    call = _prepare(x, w_down, b_down, w_up, b_up, residual=residual, activation=activation, scale=scale)
+    chosen = OP.select(impl, *call)
+    if chosen == REFERENCE:
+        return reference(*call)
+    sequential = sequential and call[0] is x  # an autocast copy of x is another tensor than the residual
+    tensor, alpha = (scale, 1.0) if isinstance(scale, Tensor) else (None, float(scale))
+    x = call[0]
+    if not torch.is_grad_enabled():
+        return FORWARD(chosen, x, w_down, b_down, w_up, b_up, residual, tensor, alpha, activation, False)[0]
+    save_z = any(t is not None and t.requires_grad for t in (x, w_down, b_down, w_up, tensor))
+    other = None if sequential else residual
+    return _BottleneckAdapter.apply(
+        x, w_down, b_down, w_up, b_up, other, tensor, alpha, activation, sequential, save_z, chosen
+    )

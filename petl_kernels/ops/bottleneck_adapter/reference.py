@@ -1,0 +1,49 @@
+"""The specification of `bottleneck_adapter`: plain, differentiable PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "leaky_relu": F.leaky_relu,
+    "identity": lambda z: z,
+}
+
+
+def bottleneck_adapter(
+    x: Tensor,
+    w_down: Tensor,
+    b_down: Tensor | None,
+    w_up: Tensor,
+    b_up: Tensor | None,
+    residual: Tensor | None,
+    scale: float | Tensor,
+    activation: str,
+) -> Tensor:
+    """`residual + scale * (act(x w_down^T + b_down) w_up^T + b_up)`, computed in the dtype of `x`.
+
+    Shapes: x [..., d_in], w_down [r, d_in], b_down [r], w_up [d_out, r], b_up [d_out], residual [..., d_out],
+    scale a float, [], [1] or [d_out]. The result has the promoted dtype of x and residual.
+    """
+
+    def cast(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.to(x.dtype)
+
+    z = F.linear(x, w_down.to(x.dtype), cast(b_down))
+    h = ACTIVATIONS[activation](z)
+    y = F.linear(h, w_up.to(x.dtype), cast(b_up))
+    if isinstance(scale, Tensor):
+        y = y * scale.to(x.dtype)
+    elif scale != 1.0:
+        y = y * scale
+    return y if residual is None else residual + y
