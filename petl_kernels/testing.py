@@ -190,9 +190,15 @@ def _lay_out(x: Tensor, layout: str | None) -> Tensor:
 
 def _bottleneck_samples() -> tuple[Mapping[str, Any], ...]:
     sizes = [
-        dict(n=0, d=16, r=8), dict(n=1, d=16, r=1), dict(n=15, d=96, r=4), dict(n=16, d=96, r=8),
-        dict(n=17, d=384, r=24), dict(n=37, d=768, r=64), dict(n=129, d=1000, r=100), dict(n=1000, d=96, r=8),
-    ]  # fmt: skip
+        dict(n=0, d=16, r=8),
+        dict(n=1, d=16, r=1),
+        dict(n=15, d=96, r=4),
+        dict(n=16, d=96, r=8),
+        dict(n=17, d=384, r=24),
+        dict(n=37, d=768, r=64),
+        dict(n=129, d=1000, r=100),
+        dict(n=1000, d=96, r=8),
+    ]
     activations = ("relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "leaky_relu", "identity")
     samples: list[dict[str, Any]] = [dict(id=f"{s['n']}x{s['d']}x{s['r']}", **s) for s in sizes]
     samples += [dict(id=f"act-{a}", n=37, d=96, r=24, activation=a) for a in activations]
@@ -248,7 +254,7 @@ CASES = [
                 (4096, 1024, 16),
                 (12608, 768, 64),
                 (4096, 4096, 64),
-            ]  # fmt: skip
+            ]
         ),
         # Forward: two GEMMs, x read and y written. Backward: four GEMMs, g and x read and dx written.
         cost=lambda s: (12 * s["n"] * s["d"] * s["r"], 5 * s["n"] * s["d"]),

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -61,7 +61,7 @@ class Op:
             first that supports the call; where none does, the reference.
     """
 
-    registry: dict[str, Op] = {}
+    registry: ClassVar[dict[str, Op]] = {}
 
     def __init__(self, package: str, impls: Sequence[str], preference: Callable[..., Sequence[str]]) -> None:
         self.name = package.rsplit(".", 1)[1]
