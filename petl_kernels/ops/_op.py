@@ -8,21 +8,19 @@ calls; one fake per direction; and N implementations that are plain modules with
 from __future__ import annotations
 
 import importlib
-import os
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
+from torch.autograd import forward_ad
 
-ENV_IMPL = "PETL_KERNELS_IMPL"
+from petl_kernels.ops._select import AUTO, asked_for
+
 REFERENCE = "reference"
 
 _LIB = torch.library.Library("petl_kernels", "DEF")
-_forced = threading.local()  # .impl is set by `use_impl`; a ContextVar would break the graph under torch.compile
 
 
 class Direction:
@@ -51,6 +49,25 @@ class Direction:
         return self._run(*args, impl)
 
 
+def _has_tangent(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None
+
+
+_import_failures: dict[str, str | None] = {}
+
+
+@torch.compiler.assume_constant_result
+def _import_failure(name: str) -> str | None:
+    """Import a module once; None, or why it cannot be imported. Not traceable, hence a constant to a compiler."""
+    if name not in _import_failures:
+        try:
+            importlib.import_module(name)
+            _import_failures[name] = None
+        except ImportError as error:
+            _import_failures[name] = f"it cannot be imported here: {error}"
+    return _import_failures[name]
+
+
 class Op:
     """One operator: its name, its implementations, and which of them runs a call.
 
@@ -67,94 +84,45 @@ class Op:
         self.name = package.rsplit(".", 1)[1]
         self.impls = (REFERENCE, *impls)
         self.prepare: Callable[..., tuple[Any, ...]]  # the public function's arguments -> the validated call
-        self._package, self._preference = package, preference
+        self.directions: dict[str, Direction] = {}
+        self._package, self._preference = sys.modules[package], preference
         Op.registry[self.name] = self
 
     def direction(self, schema: str, entry: str, fake: Callable[..., Any]) -> Direction:
         """Register one direction under `schema`; `entry` is the function every implementation has for it."""
-        return Direction(self, schema, entry, fake)
+        self.directions[entry] = Direction(self, schema, entry, fake)
+        return self.directions[entry]
 
     def module(self, impl: str) -> ModuleType:
         """The module of an implementation, imported on first use."""
-        return importlib.import_module(f"{self._package}.{impl}")
+        return importlib.import_module(f"{self._package.__name__}.{impl}")
 
     def unsupported(self, impl: str, *call: Any) -> str | None:
         """Why `impl` cannot run this call, or None when it can."""
         if impl == REFERENCE:
             return None
-        if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
-            return "torch.func transforms (vmap, grad, jvp) cannot look inside it; the reference supports them"
-        try:
-            module = self.module(impl)
-        except ImportError as error:
-            return f"it cannot be imported here: {error}"
-        return module.unsupported(*call)
+        if not torch.compiler.is_compiling():
+            if torch._C._functorch.peek_interpreter_stack() is not None:
+                return "torch.func transforms (vmap, grad, jvp) cannot look inside it; the reference supports them"
+            if forward_ad._current_level >= 0 and any(map(_has_tangent, call)):
+                return "forward-mode AD (jvp) would silently lose the tangents; the reference supports it"
+        failure = _import_failure(f"{self._package.__name__}.{impl}")
+        # A compiler can read the submodule as an attribute of its package, not through importlib.
+        return failure or getattr(self._package, impl).unsupported(*call)
 
     def requested(self, impl: str | None) -> str | None:
         """The implementation asked for (context manager > argument > environment), or None for "auto"."""
-        wanted = getattr(_forced, "impl", None) or impl or os.environ.get(ENV_IMPL) or "auto"
-        if wanted != "auto" and wanted not in self.impls:
-            raise ValueError(f"{self.name}: impl must be one of {('auto', *self.impls)}, got {wanted!r}")
-        return None if wanted == "auto" else wanted
+        wanted = asked_for(impl)
+        if wanted not in (AUTO, *self.impls):
+            raise ValueError(f"{self.name}: impl must be one of {(AUTO, *self.impls)}, got {wanted!r}")
+        return None if wanted == AUTO else wanted
 
     def select(self, impl: str | None, *call: Any) -> str:
         """The implementation that runs this call; an explicit one that cannot raises a RuntimeError."""
         wanted = self.requested(impl)
         if wanted is None:
-            for name in self._preference(*call):
-                if self.unsupported(name, *call) is None:
-                    return name
-            return REFERENCE
+            return next((n for n in self._preference(*call) if self.unsupported(n, *call) is None), REFERENCE)
         reason = self.unsupported(wanted, *call)
         if reason is not None:
             raise RuntimeError(f"{self.name}: impl={wanted!r} cannot run this call: {reason}")
         return wanted
-
-
-@contextmanager
-def use_impl(impl: str) -> Iterator[None]:
-    """Run every op inside the block with implementation `impl` ("auto", "reference", "cpp", "triton").
-
-    It outranks the argument `impl=` and the environment variable `PETL_KERNELS_IMPL`; the innermost block wins. It
-    holds for the current thread.
-    """
-    before = getattr(_forced, "impl", None)
-    _forced.impl = impl
-    try:
-        yield
-    finally:
-        _forced.impl = before
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """Which implementation runs a call (`chosen`), and per other implementation why it does not (`others`)."""
-
-    op: str
-    chosen: str
-    others: dict[str, str]
-
-    def __str__(self) -> str:
-        rest = "".join(f"\n  not {name}: {reason}" for name, reason in self.others.items())
-        return f"{self.op} runs on {self.chosen!r}{rest}"
-
-
-def explain(fn: Callable[..., Any], *args: Any, impl: str | None = None, **kwargs: Any) -> Explanation:
-    """Say which implementation `fn(*args, **kwargs)` would run, and why each other would not; nothing is computed.
-
-    Args:
-        fn: a public op, such as `petl_kernels.bottleneck_adapter`.
-        args, kwargs, impl: exactly as for the call itself.
-
-    Raises:
-        TypeError: `fn` is not an op of this package.
-        ValueError, TypeError, RuntimeError: whatever the call itself would raise before computing.
-    """
-    op = Op.registry.get(getattr(fn, "__name__", ""))
-    if op is None:
-        raise TypeError(f"explain: fn must be one of the ops {sorted(Op.registry)}, got {fn!r}")
-    call = op.prepare(*args, **kwargs)
-    chosen = op.select(impl, *call)
-    asked = f"{chosen!r} was asked for" if op.requested(impl) else "not known by measurement to be faster here"
-    others = {name: op.unsupported(name, *call) or asked for name in op.impls if name != chosen}
-    return Explanation(op.name, chosen, others)

@@ -1,4 +1,4 @@
-"""Refusals of what a kernel does not compute, in our own words instead of a silent zero or a foreign message."""
+"""The refusal of a second differentiation, in our own words instead of a foreign message."""
 
 from __future__ import annotations
 
@@ -7,11 +7,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-
-
-def refuse_forward_ad(name: str) -> NoReturn:
-    """Raise for forward-mode AD, which without this would silently give zero tangents."""
-    raise RuntimeError(f"{name}: forward-mode AD (jvp) is not implemented by the kernels; use impl='reference'")
 
 
 class _FirstOrderOnly(torch.autograd.Function):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from petl_kernels.ops._op import REFERENCE, Op
-from petl_kernels.ops._refuse import refuse_double_backward, refuse_forward_ad
+from petl_kernels.ops._refuse import refuse_double_backward
 from petl_kernels.ops.bottleneck_adapter.reference import bottleneck_adapter as reference
 from petl_kernels.ops.bottleneck_adapter.validation import validate
 
@@ -77,10 +77,6 @@ class _BottleneckAdapter(torch.autograd.Function):
             d_residual = g.to(ctx.residual_dtype) if need_residual else None
         grads = (*grads[:5], d_residual, grads[5])
         return *refuse_double_backward(OP.name, grads, (g, *ctx.saved_tensors)), *(None,) * 5
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        refuse_forward_ad(OP.name)
 
 
 def _prepare(

@@ -1,0 +1,334 @@
+// The bottleneck adapter: each thread walks blocks of rows, and everything between reading x and writing y (or between
+// reading g and x and writing dx) stays in its L2 cache. Compiled once per instruction set.
+#include <omp.h>
+
+#include "activation.h"
+#include "matrix.h"
+
+namespace petl::PETL_ISA {
+namespace {
+
+constexpr int64_t kDepthBlock = 256;  // of k, so that a panel (256 x kTileCols) stays in L1
+
+// Rows that a thread takes through all phases at once.
+int64_t block_rows(int64_t d) {
+  static const char* e = getenv("PK_MB");
+  static int64_t mb = e ? atol(e) : 4;
+  return mb * kTileRows;
+}
+
+int useful_threads(int threads, int64_t n, int64_t multiply_adds) {
+  // A team costs about 5 us to start: below 2^18 multiply-adds (some 5 us of one core) it does not pay.
+  const int64_t by_work = multiply_adds >> 18, by_rows = (n + kTileRows - 1) / kTileRows;
+  const int64_t most = by_work < by_rows ? by_work : by_rows;
+  return static_cast<int>(most < 1 ? 1 : most < threads ? most : threads);
+}
+
+// out = a panels (+ add) (+ bias), with k cut into kDepthBlock pieces accumulated in `out`.
+template <typename C>
+void deep_product(int64_t m, int64_t n, int64_t k, Operand<C> a, const C* panels, C* out, int64_t ldo, const C* bias) {
+  for (int64_t k0 = 0; k0 < k; k0 += kDepthBlock) {
+    const int64_t depth = k - k0 < kDepthBlock ? k - k0 : kDepthBlock;
+    gemm<C, C>({m, n, depth, a.data + k0, a.ld, panels + k0 * kTileCols<C>, kTileCols<C>, k * kTileCols<C>, out, ldo,
+                k0 ? out : nullptr, ldo, k0 ? nullptr : bias});
+  }
+}
+
+template <typename C, Activation kActivation>
+void activate_rows(C* z, int64_t rows, int64_t ld, int64_t r) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t k = 0; k < r; k += kLanes<C>) {
+      Vec<C> value, slope;
+      activate<kActivation, C>(load_raw<Vec<C>>(z + i * ld + k), value, slope);
+      Storage<C, C>::store(z + i * ld + k, value);
+    }
+  }
+}
+
+// h = act(z), dz = dh act'(z); z arrives in h and dh in dz.
+template <typename C, Activation kActivation>
+void differentiate_rows(C* h, C* dz, int64_t rows, int64_t ld, int64_t r) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t k = 0; k < r; k += kLanes<C>) {
+      Vec<C> value, slope;
+      activate<kActivation, C>(load_raw<Vec<C>>(h + i * ld + k), value, slope);
+      Storage<C, C>::store(h + i * ld + k, value);
+      Storage<C, C>::store(dz + i * ld + k, load_raw<Vec<C>>(dz + i * ld + k) * slope);
+    }
+  }
+}
+
+template <typename F>
+void with_activation(Activation activation, F f) {
+  switch (activation) {
+#define PETL_CASE(name) \
+  case Activation::name: \
+    return f(std::integral_constant<Activation, Activation::name>{});
+    PETL_CASE(kRelu)
+    PETL_CASE(kGelu)
+    PETL_CASE(kGeluTanh)
+    PETL_CASE(kSilu)
+    PETL_CASE(kTanh)
+    PETL_CASE(kSigmoid)
+    PETL_CASE(kLeakyRelu)
+    PETL_CASE(kIdentity)
+#undef PETL_CASE
+  }
+}
+
+// scales[c] = alpha * scale[c], for every output channel.
+template <typename C>
+void fill_scales(const Rows& scale, int64_t size, double alpha, int64_t d_out, C* scales) {
+  if (scale) widen<C>(scale, 0, 1, size, scales, size);
+  for (int64_t c = d_out - 1; c >= 0; --c) scales[c] = static_cast<C>(alpha) * (scale ? scales[size == 1 ? 0 : c] : C(1));
+}
+
+template <typename C, typename Y>
+void forward(const BottleneckForward& f) {
+  constexpr int64_t kCols = kTileCols<C>;
+  const int64_t rp = round_up(f.r, kCols), dp = round_up(f.d_out, kCols), block = block_rows(f.d_in);
+  const int threads = useful_threads(f.threads, f.n, 2 * f.n * f.d_in * f.r);
+  const int64_t ldz = rp + kLanes<C>, z_size = block * ldz, x_size = block * scratch_stride<C>(f.d_in);
+  using W = Workspace;
+  Workspace work(W::bytes<C>(rp * f.d_in) + W::bytes<C>(f.r * dp) + W::bytes<C>(rp) + 2 * W::bytes<C>(dp) +
+                 threads * (W::bytes<C>(z_size) + W::bytes<C>(x_size)));
+  C* down = work.take<C>(rp * f.d_in);
+  C* up = work.take<C>(f.r * dp);
+  C* b_down = work.take<C>(rp);
+  C* b_up = work.take<C>(dp);
+  C* scales = work.take<C>(dp);
+  C* scratch = work.take<C>(threads * (z_size + x_size));
+
+  fill_scales(f.scale, f.scale_size, f.alpha, f.d_out, scales);
+  std::memset(b_down, 0, sizeof(C) * rp);
+  std::memset(b_up, 0, sizeof(C) * dp);
+  if (f.b_down) widen(f.b_down, 0, 1, f.r, b_down, rp);
+  if (f.b_up) widen(f.b_up, 0, 1, f.d_out, b_up, dp);
+  for (int64_t c = 0; c < f.d_out; ++c) b_up[c] *= scales[c];
+
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for nowait
+    for (int64_t p = 0; p < rp; p += kCols) pack_transposed<C>(f.w_down, p, f.r, f.d_in, nullptr, down + p * f.d_in);
+#pragma omp for
+    for (int64_t p = 0; p < dp; p += kCols) pack_transposed<C>(f.w_up, p, f.d_out, f.r, scales, up + p * f.r);
+
+    const int me = omp_get_thread_num();
+    C* z = scratch + me * (z_size + x_size);
+    C* x_scratch = z + z_size;
+    const Range range = share(f.n, me, threads);
+    for (int64_t row = range.begin; row < range.end; row += block) {
+      const int64_t rows = range.end - row < block ? range.end - row : block;
+      const Operand<C> x = operand<C>(f.x, row, rows, f.d_in, x_scratch);
+      deep_product<C>(rows, f.r, f.d_in, x, down, z, ldz, b_down);
+      if (f.z) narrow(z, ldz, rows, f.r, f.z, row);
+      with_activation(f.activation, [&](auto a) { activate_rows<C, decltype(a)::value>(z, rows, ldz, f.r); });
+      Y* y = static_cast<Y*>(f.y.data) + row * f.y.stride;
+      const Y* add = f.residual ? static_cast<const Y*>(f.residual.data) + row * f.residual.stride : nullptr;
+      gemm<C, Y>({rows, f.d_out, f.r, z, ldz, up, kCols, f.r * kCols, y, f.y.stride, add, f.residual.stride, b_up});
+    }
+  }
+}
+
+// What the backward accumulates over rows, per thread: up[k, c] = sum h[n, k] g[n, c], with the row k = r summing g
+// itself (a column of ones beside h), down[k, c] = sum dz[n, k] x[n, c], and b_down[k] = sum dz[n, k].
+template <typename C>
+struct Partial {
+  C *up, *down, *b_down;
+};
+
+// Which products a backward needs, and the sizes of its scratch.
+template <typename C>
+struct BackwardPlan {
+  static constexpr int64_t kCols = kTileCols<C>;
+  bool up, down, dz;  // dw_up or what follows from it; dw_down; anything behind dz
+  int64_t up_rows, rp, op, ip, ldz, block;
+  int threads;
+
+  explicit BackwardPlan(const BottleneckBackward& b)
+      : up(b.dw_up || b.dscale || b.db_up),
+        down(static_cast<bool>(b.dw_down)),
+        dz(b.dx || b.dw_down || b.db_down),
+        up_rows(b.dw_up || b.dscale ? b.r + 1 : 1),
+        rp(round_up(b.r, kCols)),
+        op(round_up(b.d_out, kCols)),
+        ip(round_up(b.d_in, kCols)),
+        ldz(round_up(b.r + 1, kCols) + kLanes<C>),
+        block(block_rows(b.d_in)),
+        threads(useful_threads(b.threads, b.n, 4 * b.n * b.d_in * b.r)) {}
+
+  int64_t h_size() const { return block * ldz; }
+  int64_t tile_size(int64_t d) const { return block * scratch_stride<C>(d); }
+  int64_t partial_size() const { return up_rows * op + (down ? rp * ip : 0) + rp; }
+};
+
+// dh, dz, dx and the partial sums of one block of rows.
+template <typename C, typename X>
+void backward_block(const BottleneckBackward& b, const BackwardPlan<C>& plan, int64_t row, int64_t rows, bool first,
+                    const C* w_up, const C* w_down, C* scratch, const Partial<C>& partial) {
+  constexpr int64_t kCols = kTileCols<C>;
+  const int64_t ldz = plan.ldz;
+  C *h = scratch, *dz = h + plan.h_size(), *g_tile = dz + plan.h_size(), *x_tile = g_tile + plan.tile_size(b.d_out);
+  const Operand<C> g = operand<C>(b.g, row, rows, b.d_out, g_tile);
+  if (b.z) widen(b.z, row, rows, b.r, h, ldz);
+  if (plan.dz) {
+    deep_product<C>(rows, b.r, b.d_out, g, w_up, dz, ldz, nullptr);
+    with_activation(b.activation, [&](auto a) { differentiate_rows<C, decltype(a)::value>(h, dz, rows, ldz, b.r); });
+  } else if (b.z) {
+    with_activation(b.activation, [&](auto a) { activate_rows<C, decltype(a)::value>(h, rows, ldz, b.r); });
+  }
+  if (plan.up) {
+    const C* left = h + (plan.up_rows == 1 ? b.r : 0);
+    for (int64_t i = 0; i < rows; ++i) h[i * ldz + b.r] = C(1);
+    gemm<C, C, true>({plan.up_rows, plan.op, rows, left, ldz, g.data, g.ld, kCols, partial.up, plan.op,
+                      first ? nullptr : partial.up, plan.op, nullptr});
+  }
+  if (plan.down) {
+    const Operand<C> x = operand<C>(b.x, row, rows, b.d_in, x_tile);
+    gemm<C, C, true>({b.r, plan.ip, rows, dz, ldz, x.data, x.ld, kCols, partial.down, plan.ip,
+                      first ? nullptr : partial.down, plan.ip, nullptr});
+  }
+  if (b.db_down) {
+    // The block's own sum first: one chain over all rows loses 2 bits at a thousand of them.
+    for (int64_t k = 0; k < b.r; k += kLanes<C>) {
+      Vec<C> sum = {};
+      for (int64_t i = 0; i < rows; ++i) sum += load_raw<Vec<C>>(dz + i * ldz + k);
+      C* total = partial.b_down + k;
+      Storage<C, C>::store(total, first ? sum : load_raw<Vec<C>>(total) + sum);
+    }
+  }
+  if (b.dx) {
+    X* dx = static_cast<X*>(b.dx.data) + row * b.dx.stride;
+    const X* add = b.add_g ? static_cast<const X*>(b.g.data) + row * b.g.stride : nullptr;
+    gemm<C, X>({rows, b.d_in, b.r, dz, ldz, w_down, kCols, b.r * kCols, dx, b.dx.stride, add, b.g.stride, nullptr});
+  }
+}
+
+// Adds the threads' partial sums in their order and stores `count` of them: sums[i] = sum_t partials[t][i].
+template <typename C>
+void sum_partials(const C* partials, int64_t distance, int threads, int64_t count, C* sums) {
+  for (int64_t i = 0; i < count; ++i) {
+    C sum = partials[i];
+    for (int t = 1; t < threads; ++t) sum += partials[t * distance + i];
+    sums[i] = sum;
+  }
+}
+
+// The gradients of output channels [first, first + count): rows of dw_up, elements of db_up and dscale.
+template <typename C>
+void finish_up(const BottleneckBackward& b, const BackwardPlan<C>& plan, const C* partials, int64_t first, int64_t count,
+               const C* scales, C* sums, C* w_row, C* dscale) {
+  constexpr int64_t kCols = kTileCols<C>;
+  for (int64_t k = 0; k < plan.up_rows; ++k) {
+    sum_partials(partials + k * plan.op + first, plan.partial_size(), plan.threads, count, sums + k * kCols);
+  }
+  const C* g_sum = sums + (plan.up_rows - 1) * kCols;
+  for (int64_t c = 0; c < count; ++c) {
+    const C scaled = scales[first + c] * g_sum[c];
+    if (b.db_up) narrow(&scaled, 1, 1, 1, {static_cast<char*>(b.db_up.data), b.db_up.dtype, 1}, first + c);
+    if (b.dscale) {
+      C bias = 0, value = 0;
+      if (b.b_up) widen({b.b_up.data, b.b_up.dtype, 1}, first + c, 1, 1, &bias, 1);
+      widen(b.w_up, first + c, 1, b.r, w_row, b.r);
+      for (int64_t k = 0; k < b.r; ++k) value += w_row[k] * sums[k * kCols + c];
+      dscale[first + c] = static_cast<C>(b.alpha) * (value + bias * g_sum[c]);
+    }
+    if (b.dw_up) {
+      for (int64_t k = 0; k < b.r; ++k) w_row[k] = scales[first + c] * sums[k * kCols + c];
+      narrow(w_row, b.r, 1, b.r, b.dw_up, first + c);
+    }
+  }
+}
+
+template <typename C, typename X>
+void backward(const BottleneckBackward& b) {
+  constexpr int64_t kCols = kTileCols<C>;
+  const BackwardPlan<C> plan(b);
+  const int threads = plan.threads;
+  const int64_t per_thread = 2 * plan.h_size() + plan.tile_size(b.d_out) + plan.tile_size(b.d_in) + plan.partial_size() +
+                             (plan.up_rows + 1) * kCols + plan.rp;
+  using W = Workspace;
+  Workspace work(W::bytes<C>(plan.rp * b.d_out) + W::bytes<C>(plan.ip * b.r) + 2 * W::bytes<C>(plan.op) +
+                 W::bytes<C>(threads * round_up(per_thread, 16)));
+  C* w_up = work.take<C>(plan.rp * b.d_out);
+  C* w_down = work.take<C>(plan.ip * b.r);
+  C* scales = work.take<C>(plan.op);
+  C* dscale = work.take<C>(plan.op);
+  const int64_t tiles_size = 2 * plan.h_size() + plan.tile_size(b.d_out) + plan.tile_size(b.d_in);
+  const int64_t rest_size = (plan.up_rows + 1) * kCols + plan.rp;
+  C* tiles = work.take<C>(threads * tiles_size);
+  C* rest = work.take<C>(threads * rest_size);
+  C* partials = work.take<C>(threads * plan.partial_size());
+  const int64_t down_at = plan.up_rows * plan.op, b_down_at = down_at + (plan.down ? plan.rp * plan.ip : 0);
+
+  fill_scales(b.scale, b.scale_size, b.alpha, b.d_out, scales);
+
+#pragma omp parallel num_threads(threads)
+  {
+    if (plan.dz) {
+#pragma omp for nowait
+      for (int64_t p = 0; p < plan.rp; p += kCols) pack_rows<C>(b.w_up, p, b.r, b.d_out, scales, w_up + p * b.d_out);
+#pragma omp for nowait
+      for (int64_t p = 0; p < plan.ip; p += kCols) pack_rows<C>(b.w_down, p, b.d_in, b.r, nullptr, w_down + p * b.r);
+    }
+#pragma omp barrier
+    const int me = omp_get_thread_num();
+    C* mine = partials + me * plan.partial_size();
+    const Partial<C> partial{mine, mine + down_at, mine + b_down_at};
+    const Range range = share(b.n, me, threads);
+    if (range.begin == range.end) std::memset(mine, 0, sizeof(C) * plan.partial_size());
+    for (int64_t row = range.begin; row < range.end; row += plan.block) {
+      const int64_t rows = range.end - row < plan.block ? range.end - row : plan.block;
+      backward_block<C, X>(b, plan, row, rows, row == range.begin, w_up, w_down, tiles + me * tiles_size, partial);
+    }
+#pragma omp barrier
+    C *sums = rest + me * rest_size, *w_row = sums + (plan.up_rows + 1) * kCols;
+    if (plan.up) {
+#pragma omp for nowait
+      for (int64_t c = 0; c < b.d_out; c += kCols) {
+        const int64_t count = b.d_out - c < kCols ? b.d_out - c : kCols;
+        finish_up(b, plan, partials, c, count, scales, sums, w_row, dscale);
+      }
+    }
+    if (plan.down) {
+#pragma omp for nowait
+      for (int64_t k = 0; k < b.r; ++k) {
+        C* row = partials + down_at + k * plan.ip;  // summed in place, into the first partial
+        sum_partials(row, plan.partial_size(), threads, b.d_in, row);
+        narrow(row, plan.ip, 1, b.d_in, b.dw_down, k);
+      }
+    }
+  }
+  if (b.db_down) {
+    C* row = partials + b_down_at;
+    sum_partials(row, plan.partial_size(), threads, b.r, row);
+    narrow(row, b.r, 1, b.r, b.db_down, 0);
+  }
+  if (b.dscale && b.scale_size == 1) {
+    for (int64_t c = 1; c < b.d_out; ++c) dscale[0] += dscale[c];
+  }
+  if (b.dscale) narrow(dscale, b.d_out, 1, b.scale_size, b.dscale, 0);
+}
+
+}  // namespace
+
+void bottleneck_forward(const BottleneckForward& f) {
+  switch (f.y.dtype) {
+    case DType::kFloat32: return forward<float, float>(f);
+    case DType::kBFloat16: return forward<float, bf16>(f);
+    case DType::kFloat16: return forward<float, f16>(f);
+    case DType::kFloat64: return forward<double, double>(f);
+  }
+}
+
+void bottleneck_backward(const BottleneckBackward& b) {
+  // dx has the dtype of x and, when g is added to it, of g; without dx its type does not matter.
+  switch (b.dx ? b.dx.dtype : b.g.dtype) {
+    case DType::kFloat32: return backward<float, float>(b);
+    case DType::kBFloat16: return backward<float, bf16>(b);
+    case DType::kFloat16: return backward<float, f16>(b);
+    case DType::kFloat64: return backward<double, double>(b);
+  }
+}
+
+}  // namespace petl::PETL_ISA

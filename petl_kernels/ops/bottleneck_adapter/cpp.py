@@ -1,0 +1,98 @@
+"""`bottleneck_adapter` on the CPU kernels of `petl_kernels._cpu`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from petl_kernels import _cpu
+from petl_kernels.ops._native import row_major, rows
+
+_ACTIVATIONS = {
+    name: code
+    for code, name in enumerate(("relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "leaky_relu", "identity"))
+}
+
+if "PETL_KERNELS_CPU_ISA" in os.environ:
+    _cpu.set_isa(os.environ["PETL_KERNELS_CPU_ISA"])
+
+
+def unsupported(x: Tensor, *_: Any) -> str | None:
+    """Why this call cannot run, or None: any dtype and shape does, on the CPU."""
+    return None if x.device.type == "cpu" else f"it runs on the CPU, and x is on {x.device}"
+
+
+def forward(
+    x: Tensor,
+    w_down: Tensor,
+    b_down: Tensor | None,
+    w_up: Tensor,
+    b_up: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    alpha: float,
+    activation: str,
+    save_z: bool,
+) -> tuple[Tensor, Tensor]:
+    """One pass over x: y, and z when it is to be saved; schema in the op's `__init__`."""
+    leading, d_in = x.shape[:-1], x.shape[-1]
+    (r, _), d_out = w_down.shape, w_up.shape[0]
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    y = torch.empty((*leading, d_out), dtype=dtype)
+    z = torch.empty((*leading, r) if save_z else (0,), dtype=x.dtype)
+    if residual is not None and residual.dtype != dtype:
+        residual = residual.to(dtype)
+    if y.numel():
+        inputs = [row_major(t) for t in (x, w_down, b_down, w_up, b_up, residual, scale)]
+        size = 0 if scale is None else scale.numel()
+        _cpu.bottleneck_forward(
+            (y.numel() // d_out, d_in, r, d_out),
+            *map(rows, inputs),
+            size,
+            alpha,
+            _ACTIVATIONS[activation],
+            rows(y),
+            rows(z),
+            torch.get_num_threads(),
+        )
+    return y, z
+
+
+def backward(
+    g: Tensor,
+    x: Tensor | None,
+    z: Tensor,
+    w_down: Tensor,
+    b_down: Tensor | None,
+    w_up: Tensor,
+    b_up: Tensor | None,
+    scale: Tensor | None,
+    alpha: float,
+    activation: str,
+    add_g: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """One pass over g and x: the gradients that `needs` names, the others empty; schema in the op's `__init__`."""
+    (r, d_in), d_out = w_down.shape, w_up.shape[0]
+    dx = torch.empty((*g.shape[:-1], d_in) if needs[0] else (0,), dtype=z.dtype)
+    parameters = zip((w_down, b_down, w_up, b_up, scale), needs[1:])
+    grads = [torch.empty(p.shape, dtype=p.dtype) if need else torch.empty((0,), dtype=z.dtype) for p, need in parameters]
+    if g.numel() == 0:
+        return dx, *(grad.zero_() for grad in grads)
+    inputs = [row_major(t) for t in (g, x, z, w_down, w_up, b_up, scale)]
+    _cpu.bottleneck_backward(
+        (g.numel() // d_out, d_in, r, d_out),
+        *map(rows, inputs),
+        0 if scale is None else scale.numel(),
+        alpha,
+        _ACTIVATIONS[activation],
+        add_g,
+        rows(dx),
+        *map(rows, grads),
+        torch.get_num_threads(),
+    )
+    return dx, *grads

@@ -1,0 +1,377 @@
+"""Triton kernels of `bottleneck_adapter`: one for the forward, three for the backward.
+
+Common to all: N rows and the row strides are run-time values (a new batch size compiles nothing), the widths are
+constants; row offsets are int64; what lies outside a matrix is read as zero, so that any r and d do; matrix products
+take operands in x's dtype and accumulate in float32; an optional tensor that is absent is passed as None, which
+removes its code. No accumulator is the target of two `tl.dot` in one loop, which miscompiles on Blackwell.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _load(ptr, rows, stride_row, n_rows, cols, stride_col, n_cols):
+    """The tile [rows, cols] of a matrix of n_rows x n_cols; zero outside."""
+    mask = (rows[:, None] < n_rows) & (cols[None, :] < n_cols)
+    return tl.load(ptr + rows[:, None] * stride_row + cols[None, :] * stride_col, mask=mask, other=0.0)
+
+
+@triton.jit
+def _store(ptr, value, rows, stride_row, n_rows, cols, stride_col, n_cols):
+    mask = (rows[:, None] < n_rows) & (cols[None, :] < n_cols)
+    tl.store(ptr + rows[:, None] * stride_row + cols[None, :] * stride_col, value, mask=mask)
+
+
+@triton.jit
+def _tanh(z):
+    # exp of a negative number cannot overflow; below 1/4, where 1 - e cancels, the series (its next term is < 1e-8).
+    e = tl.exp(-2.0 * tl.abs(z))
+    t = (1.0 - e) / (1.0 + e)
+    z2 = z * z
+    series = z * (1.0 + z2 * (-1.0 / 3 + z2 * (2.0 / 15 + z2 * (-17.0 / 315 + z2 * (62.0 / 2835)))))
+    return tl.where(tl.abs(z) < 0.25, series, tl.where(z < 0, -t, t))
+
+
+@triton.jit
+def _gelu_tanh_inner(z):
+    return 0.7978845608028654 * (z + 0.044715 * z * z * z)  # sqrt(2 / pi)
+
+
+@triton.jit
+def _activate(z, ACTIVATION: tl.constexpr):
+    """act(z) in float32. Comparisons are written so that a NaN passes through."""
+    if ACTIVATION == "relu":
+        return tl.where(z <= 0, 0.0, z)
+    elif ACTIVATION == "gelu":
+        return 0.5 * z * (1.0 + tl.math.erf(z * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        return 0.5 * z * (1.0 + _tanh(_gelu_tanh_inner(z)))
+    elif ACTIVATION == "silu":
+        return z / (1.0 + tl.exp(-z))
+    elif ACTIVATION == "tanh":
+        return _tanh(z)
+    elif ACTIVATION == "sigmoid":
+        return 1.0 / (1.0 + tl.exp(-z))
+    elif ACTIVATION == "leaky_relu":
+        return tl.where(z > 0, z, 0.01 * z)
+    else:
+        tl.static_assert(ACTIVATION == "identity")
+        return z
+
+
+@triton.jit
+def _activate_grad(dh, z, ACTIVATION: tl.constexpr):
+    """dh * act'(z) in float32."""
+    if ACTIVATION == "relu":
+        return tl.where(z <= 0, 0.0, dh)
+    elif ACTIVATION == "gelu":
+        density = 0.3989422804014327 * tl.exp(-0.5 * z * z)  # 1 / sqrt(2 pi)
+        return dh * (0.5 * (1.0 + tl.math.erf(z * 0.7071067811865476)) + z * density)
+    elif ACTIVATION == "gelu_tanh":
+        t = _tanh(_gelu_tanh_inner(z))
+        inner = 0.7978845608028654 * (1.0 + 3 * 0.044715 * z * z)
+        return dh * (0.5 * (1.0 + t) + 0.5 * z * (1.0 - t * t) * inner)
+    elif ACTIVATION == "silu":
+        s = 1.0 / (1.0 + tl.exp(-z))
+        return dh * s * (1.0 + z * (1.0 - s))
+    elif ACTIVATION == "tanh":
+        t = _tanh(z)
+        return dh * (1.0 - t * t)
+    elif ACTIVATION == "sigmoid":
+        s = 1.0 / (1.0 + tl.exp(-z))
+        return dh * s * (1.0 - s)
+    elif ACTIVATION == "leaky_relu":
+        return tl.where(z > 0, dh, 0.01 * dh)
+    else:
+        tl.static_assert(ACTIVATION == "identity")
+        return dh
+
+
+@triton.jit
+def _up_slab(
+    h, w, cols, D_OUT: tl.constexpr, b_up_ptr, scale_ptr, alpha, CHANNEL_SCALE: tl.constexpr, PRECISION: tl.constexpr
+):
+    """scale * (h w_up^T + b_up) for the output channels `cols`; w is their [BLOCK_R, BLOCK_D] tile of w_up^T."""
+    y = tl.dot(h, w.to(h.dtype), input_precision=PRECISION)
+    if b_up_ptr is not None:
+        y += tl.load(b_up_ptr + cols, mask=cols < D_OUT, other=0.0).to(tl.float32)[None, :]
+    if CHANNEL_SCALE:
+        y *= tl.load(scale_ptr + cols, mask=cols < D_OUT, other=0.0).to(tl.float32)[None, :]
+    elif scale_ptr is not None:
+        y *= tl.load(scale_ptr).to(tl.float32)
+    return y * alpha.to(tl.float32)
+
+
+@triton.jit
+def _bottleneck_adapter_fwd_kernel(
+    x_ptr,
+    w_down_ptr,
+    b_down_ptr,
+    w_up_ptr,
+    b_up_ptr,
+    residual_ptr,
+    scale_ptr,
+    y_ptr,
+    z_ptr,
+    n,
+    stride_xm,
+    stride_rm,
+    alpha,
+    D_IN: tl.constexpr,
+    D_OUT: tl.constexpr,
+    R: tl.constexpr,
+    CHANNEL_SCALE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HOLD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """BLOCK_M rows of y and z. HOLD, for the sequential residual: x's rows stay in registers between the passes."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_D)
+    ranks = tl.arange(0, BLOCK_R)
+    dtype = x_ptr.dtype.element_ty
+    SLABS: tl.constexpr = (D_IN + BLOCK_D - 1) // BLOCK_D
+
+    z = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    x_tiles = ()
+    if HOLD:
+        for i in tl.static_range(SLABS):
+            x_tiles = x_tiles + (_load(x_ptr, rows, stride_xm, n, cols + i * BLOCK_D, 1, D_IN),)
+        # An unrolled loop is not pipelined by the compiler: the next weights are asked for before the product.
+        w = _load(w_down_ptr, cols, 1, D_IN, ranks, D_IN, R)
+        for i in tl.static_range(SLABS):
+            ahead = w
+            if i + 1 < SLABS:
+                ahead = _load(w_down_ptr, cols + (i + 1) * BLOCK_D, 1, D_IN, ranks, D_IN, R)
+            z = tl.dot(x_tiles[i], w.to(dtype), z, input_precision=PRECISION)
+            w = ahead
+    else:
+        for start in range(0, D_IN, BLOCK_D):
+            x = _load(x_ptr, rows, stride_xm, n, start + cols, 1, D_IN)
+            w = _load(w_down_ptr, start + cols, 1, D_IN, ranks, D_IN, R)
+            z = tl.dot(x, w.to(dtype), z, input_precision=PRECISION)
+    if b_down_ptr is not None:
+        z += tl.load(b_down_ptr + ranks, mask=ranks < R, other=0.0).to(tl.float32)[None, :]
+    if z_ptr is not None:
+        _store(z_ptr, z, rows, R, n, ranks, 1, R)
+    # Padding ranks hold act(0), which is not zero for a sigmoid; the zeros read for their weights cancel them.
+    h = _activate(z, ACTIVATION).to(dtype)
+
+    if HOLD:
+        w = _load(w_up_ptr, ranks, 1, R, cols, R, D_OUT)
+        for i in tl.static_range(SLABS):
+            ahead = w
+            if i + 1 < SLABS:
+                ahead = _load(w_up_ptr, ranks, 1, R, cols + (i + 1) * BLOCK_D, R, D_OUT)
+            out = cols + i * BLOCK_D
+            y = _up_slab(h, w, out, D_OUT, b_up_ptr, scale_ptr, alpha, CHANNEL_SCALE, PRECISION)
+            _store(y_ptr, y + x_tiles[i].to(tl.float32), rows, D_OUT, n, out, 1, D_OUT)
+            w = ahead
+    else:
+        for start in range(0, D_OUT, BLOCK_D):
+            out = start + cols
+            w = _load(w_up_ptr, ranks, 1, R, out, R, D_OUT)
+            y = _up_slab(h, w, out, D_OUT, b_up_ptr, scale_ptr, alpha, CHANNEL_SCALE, PRECISION)
+            if residual_ptr is not None:
+                y += _load(residual_ptr, rows, stride_rm, n, out, 1, D_OUT).to(tl.float32)
+            _store(y_ptr, y, rows, D_OUT, n, out, 1, D_OUT)
+
+
+@triton.jit
+def _bottleneck_adapter_bwd_dz_kernel(
+    g_ptr,
+    z_ptr,
+    w_up_ptr,
+    scale_ptr,
+    dz_ptr,
+    n,
+    stride_gm,
+    alpha,
+    D_OUT: tl.constexpr,
+    R: tl.constexpr,
+    CHANNEL_SCALE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """BLOCK_M rows of dz = ((s g) w_up) * act'(z)."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_D)
+    ranks = tl.arange(0, BLOCK_R)
+    dtype = z_ptr.dtype.element_ty
+
+    dh = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for start in range(0, D_OUT, BLOCK_D):
+        g = _load(g_ptr, rows, stride_gm, n, start + cols, 1, D_OUT)
+        if CHANNEL_SCALE:
+            s = tl.load(scale_ptr + start + cols, mask=start + cols < D_OUT, other=0.0)
+            g = g.to(tl.float32) * s.to(tl.float32)[None, :]
+        w = _load(w_up_ptr, start + cols, R, D_OUT, ranks, 1, R)
+        dh = tl.dot(g.to(dtype), w.to(dtype), dh, input_precision=PRECISION)
+    if not CHANNEL_SCALE and scale_ptr is not None:
+        dh *= tl.load(scale_ptr).to(tl.float32)
+    z = _load(z_ptr, rows, R, n, ranks, 1, R).to(tl.float32)
+    _store(dz_ptr, _activate_grad(dh * alpha.to(tl.float32), z, ACTIVATION), rows, R, n, ranks, 1, R)
+
+
+@triton.jit
+def _bottleneck_adapter_bwd_slab_kernel(
+    g_ptr,
+    x_ptr,
+    z_ptr,
+    dz_ptr,
+    w_down_ptr,
+    w_up_ptr,
+    b_up_ptr,
+    scale_ptr,
+    dx_ptr,
+    dw_down_ptr,
+    db_down_ptr,
+    dw_up_ptr,
+    db_up_ptr,
+    dscale_ptr,
+    n,
+    stride_gm,
+    stride_xm,
+    alpha,
+    D_IN: tl.constexpr,
+    D_OUT: tl.constexpr,
+    R: tl.constexpr,
+    CHANNEL_SCALE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ADD_G: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """A slab of BLOCK_D channels over one group of rows: dx, and the group's share of every parameter's gradient.
+
+    Each gradient pointer is None when not asked for. Parameters' gradients of group p are written at p times their
+    size: into workspace, or, of a single group, into the gradients themselves.
+    """
+    cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    group = tl.program_id(1)
+    groups = tl.num_programs(1)
+    ranks = tl.arange(0, BLOCK_R)
+    WANT_UP: tl.constexpr = dw_up_ptr is not None or dscale_ptr is not None
+    WANT_DB_UP: tl.constexpr = db_up_ptr is not None or (dscale_ptr is not None and b_up_ptr is not None)
+    WANT_DZ: tl.constexpr = dx_ptr is not None or dw_down_ptr is not None or db_down_ptr is not None
+    WANT_G: tl.constexpr = WANT_UP or WANT_DB_UP or (ADD_G and dx_ptr is not None)
+
+    dw_down = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    dw_up = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)  # M = g^T h, transposed; the scale is applied at the end
+    db_down = tl.zeros((BLOCK_R,), tl.float32)
+    db_up = tl.zeros((BLOCK_D,), tl.float32)
+    if dx_ptr is not None:
+        w_down = _load(w_down_ptr, ranks, D_IN, R, cols, 1, D_IN).to(dz_ptr.dtype.element_ty)
+
+    # Groups interleave and walk backward: what the kernel before read last of g is read first, from the L2 cache.
+    blocks = tl.cdiv(n, BLOCK_M)
+    for i in range(group, blocks, groups):
+        rows = (blocks - 1 - i).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        if WANT_G:
+            g = _load(g_ptr, rows, stride_gm, n, cols, 1, D_OUT)
+        if WANT_UP:
+            z = _load(z_ptr, rows, R, n, ranks, 1, R)
+            h = _activate(z.to(tl.float32), ACTIVATION).to(z.dtype)
+            dw_up = tl.dot(tl.trans(h), g.to(z.dtype), dw_up, input_precision=PRECISION)
+        if WANT_DB_UP:
+            db_up += tl.sum(g.to(tl.float32), 0)
+        if WANT_DZ:
+            dz = _load(dz_ptr, rows, R, n, ranks, 1, R)
+        if db_down_ptr is not None:
+            db_down += tl.sum(dz.to(tl.float32), 0)
+        if dw_down_ptr is not None:
+            x = _load(x_ptr, rows, stride_xm, n, cols, 1, D_IN)
+            dw_down = tl.dot(tl.trans(dz), x, dw_down, input_precision=PRECISION)
+        if dx_ptr is not None:
+            dx = tl.dot(dz, w_down, input_precision=PRECISION)
+            if ADD_G:
+                dx += g.to(tl.float32)
+            _store(dx_ptr, dx, rows, D_IN, n, cols, 1, D_IN)
+
+    if dw_down_ptr is not None:
+        _store(dw_down_ptr + group * (R * D_IN), dw_down, ranks, D_IN, R, cols, 1, D_IN)
+    if db_down_ptr is not None:
+        tl.store(db_down_ptr + group * R + ranks, db_down, mask=(ranks < R) & (tl.program_id(0) == 0))
+    in_up = cols < D_OUT
+    if dscale_ptr is not None:
+        w_up = _load(w_up_ptr, ranks, 1, R, cols, R, D_OUT).to(tl.float32)
+        dscale = tl.sum(w_up * dw_up, 0)
+        if b_up_ptr is not None:
+            dscale += tl.load(b_up_ptr + cols, mask=in_up, other=0.0).to(tl.float32) * db_up
+        tl.store(dscale_ptr + group * D_OUT + cols, dscale, mask=in_up)
+    s = tl.zeros((BLOCK_D,), tl.float32) + alpha.to(tl.float32)
+    if CHANNEL_SCALE:
+        s *= tl.load(scale_ptr + cols, mask=in_up, other=0.0).to(tl.float32)
+    elif scale_ptr is not None:
+        s *= tl.load(scale_ptr).to(tl.float32)
+    if dw_up_ptr is not None:
+        _store(dw_up_ptr + group * (D_OUT * R), dw_up * s[None, :], ranks, 1, R, cols, R, D_OUT)
+    if db_up_ptr is not None:
+        tl.store(db_up_ptr + group * D_OUT + cols, db_up * s, mask=in_up)
+
+
+@triton.jit
+def _sum_groups(part_ptr, out_ptr, groups, SIZE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr):
+    """out[i] = the sum over p of part[p, i], always in the same order."""
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, groups, BLOCK_P):
+        total += tl.sum(_load(part_ptr, start + tl.arange(0, BLOCK_P), SIZE, groups, offsets, 1, SIZE), 0)
+    tl.store(out_ptr + offsets, total, mask=offsets < SIZE)
+
+
+@triton.jit
+def _bottleneck_adapter_bwd_sum_kernel(
+    part_w_down_ptr,
+    part_b_down_ptr,
+    part_w_up_ptr,
+    part_b_up_ptr,
+    part_scale_ptr,
+    dw_down_ptr,
+    db_down_ptr,
+    dw_up_ptr,
+    db_up_ptr,
+    dscale_ptr,
+    groups,
+    D_IN: tl.constexpr,
+    D_OUT: tl.constexpr,
+    R: tl.constexpr,
+    CHANNEL_SCALE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Sum the groups' shares; program axis 1 picks the gradient. A scalar scale also sums over its channels."""
+    which = tl.program_id(1)
+    if part_w_down_ptr is not None:
+        if which == 0:
+            _sum_groups(part_w_down_ptr, dw_down_ptr, groups, R * D_IN, BLOCK_P, BLOCK)
+    if part_w_up_ptr is not None:
+        if which == 1:
+            _sum_groups(part_w_up_ptr, dw_up_ptr, groups, D_OUT * R, BLOCK_P, BLOCK)
+    if part_b_down_ptr is not None:
+        if which == 2:
+            _sum_groups(part_b_down_ptr, db_down_ptr, groups, R, BLOCK_P, BLOCK)
+    if part_b_up_ptr is not None:
+        if which == 3:
+            _sum_groups(part_b_up_ptr, db_up_ptr, groups, D_OUT, BLOCK_P, BLOCK)
+    if part_scale_ptr is not None:
+        if which == 4:
+            if CHANNEL_SCALE:
+                _sum_groups(part_scale_ptr, dscale_ptr, groups, D_OUT, BLOCK_P, BLOCK)
+            elif tl.program_id(0) == 0:
+                total = tl.zeros((BLOCK,), tl.float32)
+                for start in range(0, groups * D_OUT, BLOCK):
+                    offsets = start + tl.arange(0, BLOCK)
+                    total += tl.load(part_scale_ptr + offsets, mask=offsets < groups * D_OUT, other=0.0)
+                tl.store(dscale_ptr, tl.sum(total, 0))

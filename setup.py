@@ -1,0 +1,57 @@
+"""Hands csrc to CMake and Ninja; everything else is in pyproject.toml.
+
+PETL_KERNELS_CUDA=auto|0|1 and PETL_KERNELS_CUDA_ARCHS choose the CUDA part. Without a working compiler the package
+installs all the same, on its PyTorch and Triton implementations, and `petl-kernels env` gives the reason;
+PETL_KERNELS_CPU=1 makes that an error and PETL_KERNELS_CPU=0 skips the compiler.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+CSRC = Path(__file__).parent / "csrc"
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).absolute().parent
+        target.mkdir(parents=True, exist_ok=True)
+        report = (CSRC.parent / "petl_kernels" if self.editable_mode else target) / "_build.json"
+        wanted = os.environ.get("PETL_KERNELS_CPU", "auto")
+        try:
+            if wanted == "0":
+                raise RuntimeError("switched off (PETL_KERNELS_CPU=0)")
+            self.cmake(target, report)
+        except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+            if wanted == "1" or os.environ.get("PETL_KERNELS_CUDA") == "1":
+                raise
+            output = getattr(error, "stdout", None) or str(error)
+            print(f"petl_kernels: installing without compiled kernels:\n{output}", file=sys.stderr)
+            reason = " ".join(output[-600:].split())
+            status = {"built": False, "reason": reason}
+            report.write_text(json.dumps({"cpu": status, "cuda": {**status, "archs": ""}}) + "\n")
+
+    def cmake(self, target: Path, report: Path) -> None:
+        import pybind11
+
+        build = Path(self.build_temp).absolute()
+        options = {
+            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": target,
+            "Python_EXECUTABLE": sys.executable,
+            "PYBIND11_FINDPYTHON": "ON",
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+            "PETL_REPORT": report,
+            "PETL_CUDA": os.environ.get("PETL_KERNELS_CUDA", "auto"),
+            "PETL_CUDA_ARCHS": os.environ.get("PETL_KERNELS_CUDA_ARCHS", "80;86;90a;100;120"),
+        }
+        run = {"check": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        subprocess.run(["cmake", "-S", CSRC, "-B", build, "-G", "Ninja", *(f"-D{k}={v}" for k, v in options.items())], **run)
+        subprocess.run(["cmake", "--build", build], **run)
+
+
+setup(ext_modules=[Extension("petl_kernels._cpu", sources=[])], cmdclass={"build_ext": CMakeBuild})
