@@ -4,17 +4,19 @@
 
 #include "activation.h"
 #include "matrix.h"
+#include "pages.h"
 
 namespace petl::PETL_ISA {
 namespace {
 
 constexpr int64_t kDepthBlock = 256;  // of k, so that a panel (256 x kTileCols) stays in L1
 
-// Rows that a thread takes through all phases at once.
+// Rows that a thread takes through all phases at once: tiles of 256 KB of x and of g leave room in a 1 MB L2 for the
+// weights. Fewer than 48 rows would spend the time on reading and writing the weight gradients (12 rows: 20 % slower at
+// d = 4096), more than 96 gain nothing.
 int64_t block_rows(int64_t d) {
-  static const char* e = getenv("PK_MB");
-  static int64_t mb = e ? atol(e) : 4;
-  return mb * kTileRows;
+  const int64_t rows = (int64_t{256} << 10) / (d * static_cast<int64_t>(sizeof(float)));
+  return round_up(rows < 48 ? 48 : rows > 96 ? 96 : rows, kTileRows);
 }
 
 int useful_threads(int threads, int64_t n, int64_t multiply_adds) {
@@ -99,6 +101,7 @@ void forward(const BottleneckForward& f) {
   C* scales = work.take<C>(dp);
   C* scratch = work.take<C>(threads * (z_size + x_size));
 
+  advise_huge_pages(f.y.data, f.n * f.y.stride * static_cast<int64_t>(sizeof(Y)));
   fill_scales(f.scale, f.scale_size, f.alpha, f.d_out, scales);
   std::memset(b_down, 0, sizeof(C) * rp);
   std::memset(b_up, 0, sizeof(C) * dp);
@@ -261,6 +264,7 @@ void backward(const BottleneckBackward& b) {
   C* partials = work.take<C>(threads * plan.partial_size());
   const int64_t down_at = plan.up_rows * plan.op, b_down_at = down_at + (plan.down ? plan.rp * plan.ip : 0);
 
+  if (b.dx) advise_huge_pages(b.dx.data, b.n * b.dx.stride * static_cast<int64_t>(sizeof(X)));
   fill_scales(b.scale, b.scale_size, b.alpha, b.d_out, scales);
 
 #pragma omp parallel num_threads(threads)
