@@ -14,7 +14,7 @@ namespace petl {
 inline void advise_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = 4096;
-  constexpr int64_t kWorthwhile = int64_t{4} << 20;  // two huge pages
+  constexpr int64_t kWorthwhile = int64_t{1} << 20;  // two huge pages
   if (bytes < kWorthwhile) return;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kPage * kPage;

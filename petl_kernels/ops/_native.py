@@ -5,23 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 Rows = tuple[int, int, int]
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
 def row_major(t: Tensor | None) -> Tensor | None:
     """`t`, or a copy of it, as rows the kernels can walk: contiguous elements, one stride between rows."""
-    if t is None or t.is_contiguous():
-        return t
-    if t.dim() == 2 and t.stride(1) == 1:
+    if t is None or t.is_contiguous() or (t.dim() == 2 and t.stride(1) == 1):
         return t
     flat = t.reshape(-1, t.shape[-1])
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
 def rows(t: Tensor | None) -> Rows | None:
-    """Address, dtype and row stride of what `row_major` returned; a vector is one row, an empty tensor none."""
-    if t is None or t.numel() == 0:
+    """Address, dtype and row stride (elements) of what `row_major` returned; a vector is one row."""
+    if t is None:
         return None
-    stride = t.stride(0) if t.dim() == 2 else t.shape[-1] if t.dim() else 1
-    return t.data_ptr(), DTYPES[t.dtype], stride
+    dims = t.dim()
+    return t.data_ptr(), _DTYPES[t.dtype], t.stride(0) if dims == 2 else t.shape[-1] if dims else 1

