@@ -39,27 +39,51 @@ PETL_INLINE void multiply(Vec<C> (&acc)[kRows][kVecs], int64_t k, const C* a, in
   }
 }
 
+// out = acc + bias (+ add) for a tile whose columns all exist. Unrolled, or GCC would spill every accumulator to index it.
+template <bool kAdd, typename C, typename T, int kRows, int kVecs>
+PETL_INLINE void store_tile(const Vec<C> (&acc)[kRows][kVecs], const Vec<C> (&bias)[kVecs], T* out, int64_t ldo,
+                            const T* add, int64_t ldadd) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kVecs; ++j) {
+      Vec<C> v = acc[i][j] + bias[j];
+      if (kAdd) v += Storage<C, T>::load(add + j * kLanes<C>);
+      Storage<C, T>::store(out + j * kLanes<C>, v);
+    }
+    out += ldo;
+    if (kAdd) add += ldadd;
+  }
+}
+
+// The same for the last columns, where `left` (< kVecs vectors) of them exist.
+template <typename C, typename T, int kRows, int kVecs>
+void store_edge(const Vec<C> (&acc)[kRows][kVecs], const Vec<C> (&bias)[kVecs], T* out, int64_t ldo, const T* add,
+                int64_t ldadd, int64_t left) {
+  for (int j = 0; j < kVecs && left > 0; ++j, left -= kLanes<C>) {
+    const int64_t count = left < kLanes<C> ? left : kLanes<C>;
+    for (int i = 0; i < kRows; ++i) {
+      Vec<C> v = acc[i][j] + bias[j];
+      if (add) v += load_first<C, T>(add + i * ldadd + j * kLanes<C>, count);
+      store_first<C, T>(out + i * ldo + j * kLanes<C>, v, count);
+    }
+  }
+}
+
 template <typename C, typename T, int kRows, int kVecs, bool kTransposedA>
 void tile(const Product<C, T>& p, int64_t row, int64_t col, const C* b) {
-  constexpr int kLane = kLanes<C>;
   Vec<C> acc[kRows][kVecs] = {};
   multiply<C, kRows, kVecs, kTransposedA>(acc, p.k, p.a + (kTransposedA ? row : row * p.lda), p.lda, b, p.ldb);
-  for (int j = 0; j < kVecs; ++j) {
-    const int64_t at = col + j * kLane, left = p.n - at;
-    if (left <= 0) break;
-    const Vec<C> bias = p.bias ? load_raw<Vec<C>>(p.bias + at) : Vec<C>{};
-    for (int i = 0; i < kRows; ++i) {
-      Vec<C> v = acc[i][j] + bias;
-      T* out = p.out + (row + i) * p.ldo + at;
-      const T* add = p.add ? p.add + (row + i) * p.ldadd + at : nullptr;
-      if (left >= kLane) {
-        if (add) v += Storage<C, T>::load(add);
-        Storage<C, T>::store(out, v);
-      } else {
-        if (add) v += load_first<C, T>(add, left);
-        store_first<C, T>(out, v, left);
-      }
-    }
+  Vec<C> bias[kVecs] = {};
+  for (int j = 0; j < kVecs && p.bias; ++j) bias[j] = load_raw<Vec<C>>(p.bias + col + j * kLanes<C>);
+  T* out = p.out + row * p.ldo + col;
+  const T* add = p.add ? p.add + row * p.ldadd + col : nullptr;
+  if (p.n - col < kVecs * kLanes<C>) {
+    store_edge<C, T>(acc, bias, out, p.ldo, add, p.ldadd, p.n - col);
+  } else if (add) {
+    store_tile<true, C, T>(acc, bias, out, p.ldo, add, p.ldadd);
+  } else {
+    store_tile<false, C, T>(acc, bias, out, p.ldo, add, p.ldadd);
   }
 }
 
