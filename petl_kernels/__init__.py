@@ -1,6 +1,7 @@
 """Compiled kernels that make parameter-efficient transfer learning fast."""
 
-from petl_kernels.ops._op import Explanation, explain, use_impl
+from petl_kernels.ops._explain import Explanation, explain
+from petl_kernels.ops._select import use_impl
 from petl_kernels.ops.bottleneck_adapter import bottleneck_adapter
 
 __version__ = "0.1.0"

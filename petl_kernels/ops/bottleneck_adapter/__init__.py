@@ -69,14 +69,15 @@ class _BottleneckAdapter(torch.autograd.Function):
     def backward(ctx, g):
         need_x, *need_parameters, need_residual, need_scale = ctx.needs_input_grad[:7]
         needs = (need_x, *need_parameters, need_scale)
+        saved = ctx.saved_tensors  # once: non-reentrant checkpointing recomputes them at each look
         grads = (None,) * 6
         with torch.no_grad():
             if any(needs):
-                raw = BACKWARD(ctx.impl, g, *ctx.saved_tensors, *ctx.options, needs)
+                raw = BACKWARD(ctx.impl, g, *saved, *ctx.options, needs)
                 grads = tuple(t if need else None for t, need in zip(raw, needs))
             d_residual = g.to(ctx.residual_dtype) if need_residual else None
         grads = (*grads[:5], d_residual, grads[5])
-        return *refuse_double_backward(OP.name, grads, (g, *ctx.saved_tensors)), *(None,) * 5
+        return *refuse_double_backward(OP.name, grads, (g, *saved)), *(None,) * 5
 
 
 def _prepare(
@@ -93,7 +94,8 @@ def _prepare(
     """The call that the implementations see: validated, and under autocast with x in the autocast dtype."""
     validate(x, w_down, b_down, w_up, b_up, residual, scale, activation)
     device = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+    # The meta device has no autocast, and asking whether it is on is an error.
+    if x.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
         # As F.linear does under autocast. A residual stays as it is and promotes the sum, as eager's addition does.
         x = x.to(torch.get_autocast_dtype(device))
     return x, w_down, b_down, w_up, b_up, residual, scale, activation
