@@ -1,0 +1,143 @@
+"""Measurements as tables for people and as CSV in the column order of Liger-Kernel's benchmark data."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import geometric_mean
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from timing import Ceilings, Quantiles
+
+COLUMNS = [
+    "kernel_name",
+    "kernel_provider",
+    "kernel_operation_mode",
+    "metric_name",
+    "metric_unit",
+    "x_name",
+    "x_label",
+    "x_value",
+    "y_value_50",
+    "y_value_20",
+    "y_value_80",
+    "extra_benchmark_config_str",
+    "gpu_name",
+    "timestamp",
+    "petl_kernels_version",
+]
+BASELINES = ("eager", "compile")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One provider on one call: its time, and what that means for the work the call has to do."""
+
+    kernel: str
+    provider: str
+    mode: str
+    sample: Mapping[str, Any]
+    dtype: str
+    seconds: Quantiles
+    flops: int
+    bytes: int
+    ceilings: Ceilings | None = None
+    saved_bytes: int | None = None
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {name: value for name, value in self.sample.items() if name != "id"}
+
+    @property
+    def ceiling(self) -> float:
+        """Percent of the machine's own ceiling: the time that its matmul or its copy would need, over ours."""
+        assert self.ceilings is not None
+        ideal = max(self.flops / self.ceilings.flops, self.bytes / self.ceilings.bytes)
+        return 100 * ideal / self.seconds.median
+
+
+def speedups(group: Sequence[Measurement], provider: str, baseline: str) -> list[float]:
+    """Per shape, how many times faster `provider` is than `baseline`, by medians."""
+    medians = {(m.sample["id"], m.provider): m.seconds.median for m in group}
+    return [
+        medians[i, baseline] / median
+        for (i, p), median in medians.items()
+        if p == provider and (i, baseline) in medians
+    ]
+
+
+def print_group(console: Console, group: Sequence[Measurement]) -> None:
+    """Print one table (a kernel in one dtype and mode) and the geometric means under it."""
+    kernel, dtype, mode = group[0].kernel, group[0].dtype, group[0].mode
+    table = Table(title=f"{kernel}, {dtype}, {mode}", title_justify="left")
+    unit = "us" if mode == "host" else "ms"
+    headings = ["shape", "provider", unit, "20%", "80%"]
+    if mode != "host":
+        headings += ["GFLOP/s", "GB/s", "% ceiling"] + (["saved MiB"] if mode == "full" else [])
+    baselines = [b for b in BASELINES if any(m.provider == b for m in group)]
+    for heading in (*headings, *(f"x {b}" for b in baselines)):
+        table.add_column(heading, justify="left" if heading in ("shape", "provider") else "right")
+    for m in group:
+        ratios = [speedups([n for n in group if n.sample is m.sample], m.provider, b)[0] for b in baselines]
+        table.add_row(m.sample["id"], m.provider, *_figures(m), *(f"{ratio:.2f}" for ratio in ratios))
+    console.print(table)
+    for provider in dict.fromkeys(m.provider for m in group):
+        means = [f"{geometric_mean(speedups(group, provider, b)):.2f}x {b}" for b in baselines if b != provider]
+        if provider not in BASELINES:
+            console.print(f"{provider}, {dtype}, {mode}: geometric mean {', '.join(means)}")
+
+
+def _figures(m: Measurement) -> list[str]:
+    factor = 1e6 if m.mode == "host" else 1e3
+    digits = 1 if m.mode == "host" else 3
+    figures = [f"{factor * s:.{digits}f}" for s in (m.seconds.median, m.seconds.low, m.seconds.high)]
+    if m.mode == "host":
+        return figures
+    figures += [
+        f"{m.flops / m.seconds.median / 1e9:.1f}",
+        f"{m.bytes / m.seconds.median / 1e9:.1f}",
+        f"{m.ceiling:.0f}",
+    ]
+    if m.saved_bytes is not None:
+        figures.append(f"{m.saved_bytes / 2**20:.2f}")
+    return figures
+
+
+def _metrics(m: Measurement) -> Iterator[tuple[str, str, float, float, float]]:
+    """(metric, unit, median, 20%, 80%) of a measurement; a rate's 20% quantile comes from the 80% of the time."""
+    t = m.seconds
+    factor, unit = (1e6, "us") if m.mode == "host" else (1e3, "ms")
+    yield "speed", unit, t.median * factor, t.low * factor, t.high * factor
+    if m.mode == "host":
+        return
+    for name, unit, work in (("throughput", "GFLOP/s", m.flops), ("bandwidth", "GB/s", m.bytes)):
+        yield name, unit, work / t.median / 1e9, work / t.high / 1e9, work / t.low / 1e9
+    ratio = m.ceiling * t.median
+    yield "ceiling", "%", m.ceiling, ratio / t.high, ratio / t.low
+    if m.saved_bytes is not None:
+        yield "memory", "MiB", *(m.saved_bytes / 2**20,) * 3
+
+
+def write_csv(path: Path, measurements: Sequence[Measurement], origin: Mapping[str, str]) -> None:
+    """Write one row per metric of each measurement."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        for m in measurements:
+            config = {
+                **m.sizes,
+                "dtype": m.dtype,
+                **{k: origin[k] for k in ("threads", "isa", "torch", "triton", "commit")},
+            }
+            if m.ceilings is not None:
+                config |= {"ceiling_gflops": m.ceilings.flops / 1e9, "ceiling_gbs": m.ceilings.bytes / 1e9}
+            for name, unit, *values in _metrics(m):
+                x = ("shape", " x ".join(m.sizes), m.sample["id"])
+                end = (json.dumps(config), origin["machine"], origin["timestamp"], origin["petl_kernels"])
+                writer.writerow([m.kernel, m.provider, m.mode, name, unit, *x, *(f"{v:.6g}" for v in values), *end])
