@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -20,17 +20,19 @@ class _FirstOrderOnly(torch.autograd.Function):
         raise RuntimeError(f"{ctx.name}: double backward is not implemented by the kernels; use impl='reference'")
 
 
-def refuse_double_backward(
-    name: str, grads: Sequence[Tensor | None], inputs: Sequence[Tensor | None]
-) -> tuple[Tensor | None, ...]:
-    """Attach to `grads` a node that raises when they are differentiated again with respect to any of `inputs`.
+def differentiable_once(
+    name: str, gradients: Callable[[], Sequence[Tensor | None]], inputs: Sequence[Tensor | None]
+) -> Sequence[Tensor | None]:
+    """What `gradients` computes inside a backward, with a node attached that raises on a second differentiation.
 
-    Only `create_graph=True` leaves gradients enabled inside a backward; nothing happens without it, and
-    differentiating once under it stays legal.
+    Only `create_graph=True` leaves gradients enabled there, and differentiating once under it stays legal: the node
+    raises when the result is differentiated with respect to any of `inputs`.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return tuple(grads)
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return gradients()
+    with torch.no_grad():
+        grads = gradients()
     present = [t for t in grads if t is not None]
     anchors = [t for t in inputs if t is not None]
     guarded = iter(_FirstOrderOnly.apply(name, len(present), *present, *anchors))
-    return tuple(None if t is None else next(guarded) for t in grads)
+    return [None if t is None else next(guarded) for t in grads]

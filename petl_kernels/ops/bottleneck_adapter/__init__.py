@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from petl_kernels.ops._op import REFERENCE, Op
-from petl_kernels.ops._refuse import refuse_double_backward
+from petl_kernels.ops._refuse import differentiable_once
 from petl_kernels.ops.bottleneck_adapter.reference import bottleneck_adapter as reference
 from petl_kernels.ops.bottleneck_adapter.validation import validate
 
@@ -67,17 +68,21 @@ class _BottleneckAdapter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        need_x, *need_parameters, need_residual, need_scale = ctx.needs_input_grad[:7]
-        needs = (need_x, *need_parameters, need_scale)
         saved = ctx.saved_tensors  # once: non-reentrant checkpointing recomputes them at each look
-        grads = (None,) * 6
-        with torch.no_grad():
-            if any(needs):
-                raw = BACKWARD(ctx.impl, g, *saved, *ctx.options, needs)
-                grads = tuple(t if need else None for t, need in zip(raw, needs))
-            d_residual = g.to(ctx.residual_dtype) if need_residual else None
-        grads = (*grads[:5], d_residual, grads[5])
-        return *refuse_double_backward(OP.name, grads, (g, *saved)), *(None,) * 5
+        grads = differentiable_once(OP.name, lambda: _gradients(ctx, g, saved), (g, *saved))
+        return *grads, None, None, None, None, None
+
+
+def _gradients(ctx: Any, g: Tensor, saved: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """The gradients of x, w_down, b_down, w_up, b_up, residual and scale, None where not needed."""
+    x, w_down, b_down, w_up, b_up, residual, scale = ctx.needs_input_grad[:7]
+    needs = (x, w_down, b_down, w_up, b_up, scale)
+    grads: list[Tensor | None] = [None] * 6
+    if True in needs:
+        raw = BACKWARD(ctx.impl, g, *saved, *ctx.options, needs)
+        grads = [grad if need else None for grad, need in zip(raw, needs)]
+    grads.insert(5, g.to(ctx.residual_dtype) if residual else None)
+    return grads
 
 
 def _prepare(

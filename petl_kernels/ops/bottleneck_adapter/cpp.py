@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from petl_kernels import _cpu
-from petl_kernels.ops._native import row_major, rows
+from petl_kernels.ops._native import empty, empty_like, nothing, row_major, rows
 
 _ACTIVATIONS = {
     name: code
@@ -41,13 +41,14 @@ def forward(
     """One pass over x: y, and z when it is to be saved; schema in the op's `__init__`."""
     *leading, d_in = x.shape
     d_out, r = w_up.shape
-    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    y = torch.empty((*leading, d_out), dtype=dtype)
-    z = torch.empty((*leading, r), dtype=x.dtype) if save_z else torch.empty(0, dtype=x.dtype)
+    dtype = x.dtype
+    if residual is not None and residual.dtype is not dtype:
+        dtype = torch.promote_types(dtype, residual.dtype)
+        residual = residual.to(dtype)
+    y = empty_like(x) if d_in == d_out and dtype == x.dtype else empty((*leading, d_out), dtype)
+    z = empty((*leading, r), x.dtype) if save_z else nothing(x.dtype)
     if y.numel() == 0:
         return y, z
-    if residual is not None and residual.dtype != dtype:
-        residual = residual.to(dtype)
     inputs = [row_major(t) for t in (x, w_down, b_down, w_up, b_up, residual, scale)]
     _cpu.bottleneck_forward(
         (y.numel() // d_out, d_in, r, d_out),
@@ -78,23 +79,21 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """One pass over g and x: the gradients that `needs` names, the others empty; schema in the op's `__init__`."""
     d_in, (d_out, r) = w_down.shape[1], w_up.shape
-    empty = torch.empty(0, dtype=z.dtype)
-    dx = torch.empty((*g.shape[:-1], d_in), dtype=z.dtype) if needs[0] else empty
+    dx = empty((*g.shape[:-1], d_in), z.dtype) if needs[0] else nothing(z.dtype)
     parameters = (w_down, b_down, w_up, b_up, scale)
-    grads = [torch.empty(p.shape, dtype=p.dtype) if need else None for p, need in zip(parameters, needs[1:])]
-    if g.numel():
-        inputs = [row_major(t) for t in (g, x, z if z.numel() else None, w_down, w_up, b_up, scale)]
-        _cpu.bottleneck_backward(
-            (g.numel() // d_out, d_in, r, d_out),
-            *map(rows, inputs),
-            0 if scale is None else scale.numel(),
-            alpha,
-            _ACTIVATIONS[activation],
-            add_g,
-            rows(dx) if needs[0] else None,
-            *map(rows, grads),
-            torch.get_num_threads(),
-        )
-    else:
-        grads = [None if grad is None else grad.zero_() for grad in grads]
-    return dx, *(empty if grad is None else grad for grad in grads)
+    grads = [empty_like(p) if need and p is not None else nothing(z.dtype) for p, need in zip(parameters, needs[1:])]
+    if g.numel() == 0:
+        return dx, *(grad.zero_() for grad in grads)
+    inputs = [row_major(t) for t in (g, x, z, w_down, w_up, b_up, scale)]
+    outputs = [rows(t) if need else None for t, need in zip((dx, *grads), needs)]
+    _cpu.bottleneck_backward(
+        (g.numel() // d_out, d_in, r, d_out),
+        *map(rows, inputs),
+        0 if scale is None else scale.numel(),
+        alpha,
+        _ACTIVATIONS[activation],
+        add_g,
+        *outputs,
+        torch.get_num_threads(),
+    )
+    return dx, *grads

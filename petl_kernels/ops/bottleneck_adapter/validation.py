@@ -10,24 +10,24 @@ from torch import Tensor
 from petl_kernels.ops.bottleneck_adapter.reference import ACTIVATIONS
 
 _OP = "bottleneck_adapter"
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 
 
-def _check_tensor(name: str, value: Any, like: Tensor | None) -> None:
+def _check_tensor(name: str, value: Any, like: Tensor) -> None:
+    """Device and dtype against those of x; x itself comes with itself as `like`."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{_OP}: {name} must be a tensor, got {type(value).__name__}")
-    if value.dtype not in _DTYPES:
-        raise TypeError(f"{_OP}: {name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
-    if like is None:
-        return
+    dtype, of_x = value.dtype, like.dtype
+    if dtype not in _DTYPES:
+        raise TypeError(f"{_OP}: {name} must be float32, bfloat16, float16 or float64, got {dtype}")
     if value.device != like.device:
         raise ValueError(f"{_OP}: {name} must be on x's device {like.device}, got {value.device}")
-    if (value.dtype == torch.float64) != (like.dtype == torch.float64):
-        raise TypeError(f"{_OP}: {name} is {value.dtype} beside x of {like.dtype}; float64 mixes with no other dtype")
+    if dtype is not of_x and torch.float64 in (dtype, of_x):
+        raise TypeError(f"{_OP}: {name} is {dtype} beside x of {of_x}; float64 mixes with no other dtype")
 
 
 def _check_shape(name: str, value: Tensor, wanted: tuple[Any, ...], words: str) -> None:
-    if tuple(value.shape) != wanted:
+    if value.shape != wanted:
         raise ValueError(f"{_OP}: {name} must be {words} = {list(wanted)}, got {list(value.shape)}")
 
 
@@ -44,7 +44,7 @@ def validate(
     x: Any, w_down: Any, b_down: Any, w_up: Any, b_up: Any, residual: Any, scale: Any, activation: Any
 ) -> None:
     """Raise a ValueError or TypeError for a call that has no meaning; read shapes and dtypes only."""
-    _check_tensor("x", x, None)
+    _check_tensor("x", x, x)
     _check_tensor("w_down", w_down, x)
     _check_tensor("w_up", w_up, x)
     if x.dim() < 1:
