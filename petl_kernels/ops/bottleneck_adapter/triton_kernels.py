@@ -6,6 +6,9 @@ take operands in x's dtype and accumulate in float32; an optional tensor that is
 removes its code. No accumulator is the target of two `tl.dot` in one loop, which miscompiles on Blackwell.
 """
 
+# mypy: ignore-errors
+# In Triton an annotation is no type: it marks a constant of compilation.
+
 from __future__ import annotations
 
 import triton
@@ -102,7 +105,7 @@ def _up_slab(
         y *= tl.load(scale_ptr + cols, mask=cols < D_OUT, other=0.0).to(tl.float32)[None, :]
     elif scale_ptr is not None:
         y *= tl.load(scale_ptr).to(tl.float32)
-    return y * alpha.to(tl.float32)
+    return y * tl.cast(alpha, tl.float32)
 
 
 @triton.jit
@@ -142,7 +145,8 @@ def _bottleneck_adapter_fwd_kernel(
     x_tiles = ()
     if HOLD:
         for i in tl.static_range(SLABS):
-            x_tiles = x_tiles + (_load(x_ptr, rows, stride_xm, n, cols + i * BLOCK_D, 1, D_IN),)
+            x = _load(x_ptr, rows, stride_xm, n, cols + i * BLOCK_D, 1, D_IN)
+            x_tiles = x_tiles + (x,)  # noqa: RUF005 (Triton compiles no starred expression)
         # An unrolled loop is not pipelined by the compiler: the next weights are asked for before the product.
         w = _load(w_down_ptr, cols, 1, D_IN, ranks, D_IN, R)
         for i in tl.static_range(SLABS):
@@ -160,8 +164,8 @@ def _bottleneck_adapter_fwd_kernel(
         z += tl.load(b_down_ptr + ranks, mask=ranks < R, other=0.0).to(tl.float32)[None, :]
     if z_ptr is not None:
         _store(z_ptr, z, rows, R, n, ranks, 1, R)
-    # Padding ranks hold act(0), which is not zero for a sigmoid; the zeros read for their weights cancel them.
-    h = _activate(z, ACTIVATION).to(dtype)
+    # Padding ranks must be zero: an infinite x times their zero weights is NaN, and would stay one in the sum.
+    h = tl.where(ranks[None, :] < R, _activate(z, ACTIVATION), 0.0).to(dtype)
 
     if HOLD:
         w = _load(w_up_ptr, ranks, 1, R, cols, R, D_OUT)
@@ -219,7 +223,7 @@ def _bottleneck_adapter_bwd_dz_kernel(
     if not CHANNEL_SCALE and scale_ptr is not None:
         dh *= tl.load(scale_ptr).to(tl.float32)
     z = _load(z_ptr, rows, R, n, ranks, 1, R).to(tl.float32)
-    _store(dz_ptr, _activate_grad(dh * alpha.to(tl.float32), z, ACTIVATION), rows, R, n, ranks, 1, R)
+    _store(dz_ptr, _activate_grad(dh * tl.cast(alpha, tl.float32), z, ACTIVATION), rows, R, n, ranks, 1, R)
 
 
 @triton.jit
@@ -255,13 +259,16 @@ def _bottleneck_adapter_bwd_slab_kernel(
 ):
     """A slab of BLOCK_D channels over one group of rows: dx, and the group's share of every parameter's gradient.
 
-    Each gradient pointer is None when not asked for. Parameters' gradients of group p are written at p times their
-    size: into workspace, or, of a single group, into the gradients themselves.
+    Program axes: slab, group, chunk of BLOCK_R ranks (a wide bottleneck's accumulators do not fit the registers; dx,
+    the sum over all ranks, is left to chunk 0). A gradient's pointer is None when not asked for. The shares of group
+    p are written at p times the gradient's size: into workspace, or, of a single group, into the gradients themselves.
     """
     cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     group = tl.program_id(1)
     groups = tl.num_programs(1)
-    ranks = tl.arange(0, BLOCK_R)
+    chunk = tl.program_id(2)
+    ranks = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
+    CHUNKS: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
     WANT_UP: tl.constexpr = dw_up_ptr is not None or dscale_ptr is not None
     WANT_DB_UP: tl.constexpr = db_up_ptr is not None or (dscale_ptr is not None and b_up_ptr is not None)
     WANT_DZ: tl.constexpr = dx_ptr is not None or dw_down_ptr is not None or db_down_ptr is not None
@@ -271,7 +278,7 @@ def _bottleneck_adapter_bwd_slab_kernel(
     dw_up = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)  # M = g^T h, transposed; the scale is applied at the end
     db_down = tl.zeros((BLOCK_R,), tl.float32)
     db_up = tl.zeros((BLOCK_D,), tl.float32)
-    if dx_ptr is not None:
+    if dx_ptr is not None and CHUNKS == 1:
         w_down = _load(w_down_ptr, ranks, D_IN, R, cols, 1, D_IN).to(dz_ptr.dtype.element_ty)
 
     # Groups interleave and walk backward: what the kernel before read last of g is read first, from the L2 cache.
@@ -293,8 +300,16 @@ def _bottleneck_adapter_bwd_slab_kernel(
         if dw_down_ptr is not None:
             x = _load(x_ptr, rows, stride_xm, n, cols, 1, D_IN)
             dw_down = tl.dot(tl.trans(dz), x, dw_down, input_precision=PRECISION)
-        if dx_ptr is not None:
-            dx = tl.dot(dz, w_down, input_precision=PRECISION)
+        if dx_ptr is not None and chunk == 0:
+            if CHUNKS == 1:
+                dx = tl.dot(dz, w_down, input_precision=PRECISION)
+            else:
+                dx = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+                for k in range(0, R, BLOCK_R):
+                    every = k + tl.arange(0, BLOCK_R)
+                    dz_k = _load(dz_ptr, rows, R, n, every, 1, R)
+                    w_k = _load(w_down_ptr, every, D_IN, R, cols, 1, D_IN).to(dz_k.dtype)
+                    dx = tl.dot(dz_k, w_k, dx, input_precision=PRECISION)
             if ADD_G:
                 dx += g.to(tl.float32)
             _store(dx_ptr, dx, rows, D_IN, n, cols, 1, D_IN)
@@ -306,11 +321,12 @@ def _bottleneck_adapter_bwd_slab_kernel(
     in_up = cols < D_OUT
     if dscale_ptr is not None:
         w_up = _load(w_up_ptr, ranks, 1, R, cols, R, D_OUT).to(tl.float32)
-        dscale = tl.sum(w_up * dw_up, 0)
+        dscale = tl.sum(tl.where(ranks[:, None] < R, w_up * dw_up, 0.0), 0)
         if b_up_ptr is not None:
-            dscale += tl.load(b_up_ptr + cols, mask=in_up, other=0.0).to(tl.float32) * db_up
-        tl.store(dscale_ptr + group * D_OUT + cols, dscale, mask=in_up)
-    s = tl.zeros((BLOCK_D,), tl.float32) + alpha.to(tl.float32)
+            b_up = tl.load(b_up_ptr + cols, mask=in_up & (chunk == 0), other=0.0)
+            dscale += b_up.to(tl.float32) * db_up
+        tl.store(dscale_ptr + (group * CHUNKS + chunk) * D_OUT + cols, dscale, mask=in_up)
+    s = tl.zeros((BLOCK_D,), tl.float32) + tl.cast(alpha, tl.float32)
     if CHANNEL_SCALE:
         s *= tl.load(scale_ptr + cols, mask=in_up, other=0.0).to(tl.float32)
     elif scale_ptr is not None:
@@ -318,7 +334,7 @@ def _bottleneck_adapter_bwd_slab_kernel(
     if dw_up_ptr is not None:
         _store(dw_up_ptr + group * (D_OUT * R), dw_up * s[None, :], ranks, 1, R, cols, R, D_OUT)
     if db_up_ptr is not None:
-        tl.store(db_up_ptr + group * D_OUT + cols, db_up * s, mask=in_up)
+        tl.store(db_up_ptr + group * D_OUT + cols, db_up * s, mask=in_up & (chunk == 0))
 
 
 @triton.jit
@@ -344,6 +360,7 @@ def _bottleneck_adapter_bwd_sum_kernel(
     db_up_ptr,
     dscale_ptr,
     groups,
+    scale_shares,
     D_IN: tl.constexpr,
     D_OUT: tl.constexpr,
     R: tl.constexpr,
@@ -351,27 +368,25 @@ def _bottleneck_adapter_bwd_sum_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Sum the groups' shares; program axis 1 picks the gradient. A scalar scale also sums over its channels."""
+    """Sum the groups' shares; program axis 1 picks the gradient. A scalar scale also sums over its channels.
+
+    The scale has one share per group and chunk of ranks.
+    """
     which = tl.program_id(1)
-    if part_w_down_ptr is not None:
-        if which == 0:
-            _sum_groups(part_w_down_ptr, dw_down_ptr, groups, R * D_IN, BLOCK_P, BLOCK)
-    if part_w_up_ptr is not None:
-        if which == 1:
-            _sum_groups(part_w_up_ptr, dw_up_ptr, groups, D_OUT * R, BLOCK_P, BLOCK)
-    if part_b_down_ptr is not None:
-        if which == 2:
-            _sum_groups(part_b_down_ptr, db_down_ptr, groups, R, BLOCK_P, BLOCK)
-    if part_b_up_ptr is not None:
-        if which == 3:
-            _sum_groups(part_b_up_ptr, db_up_ptr, groups, D_OUT, BLOCK_P, BLOCK)
-    if part_scale_ptr is not None:
-        if which == 4:
-            if CHANNEL_SCALE:
-                _sum_groups(part_scale_ptr, dscale_ptr, groups, D_OUT, BLOCK_P, BLOCK)
-            elif tl.program_id(0) == 0:
-                total = tl.zeros((BLOCK,), tl.float32)
-                for start in range(0, groups * D_OUT, BLOCK):
-                    offsets = start + tl.arange(0, BLOCK)
-                    total += tl.load(part_scale_ptr + offsets, mask=offsets < groups * D_OUT, other=0.0)
-                tl.store(dscale_ptr, tl.sum(total, 0))
+    if part_w_down_ptr is not None and which == 0:
+        _sum_groups(part_w_down_ptr, dw_down_ptr, groups, R * D_IN, BLOCK_P, BLOCK)
+    if part_w_up_ptr is not None and which == 1:
+        _sum_groups(part_w_up_ptr, dw_up_ptr, groups, D_OUT * R, BLOCK_P, BLOCK)
+    if part_b_down_ptr is not None and which == 2:
+        _sum_groups(part_b_down_ptr, db_down_ptr, groups, R, BLOCK_P, BLOCK)
+    if part_b_up_ptr is not None and which == 3:
+        _sum_groups(part_b_up_ptr, db_up_ptr, groups, D_OUT, BLOCK_P, BLOCK)
+    if part_scale_ptr is not None and which == 4:
+        if CHANNEL_SCALE:
+            _sum_groups(part_scale_ptr, dscale_ptr, scale_shares, D_OUT, BLOCK_P, BLOCK)
+        elif tl.program_id(0) == 0:
+            total = tl.zeros((BLOCK,), tl.float32)
+            for start in range(0, scale_shares * D_OUT, BLOCK):
+                offsets = start + tl.arange(0, BLOCK)
+                total += tl.load(part_scale_ptr + offsets, mask=offsets < scale_shares * D_OUT, other=0.0)
+            tl.store(dscale_ptr, tl.sum(total, 0))

@@ -1,0 +1,31 @@
+"""Set-up of every test: the Triton interpreter where there is no GPU, and fresh memory that holds NaN, not zeros."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, thus before petl_kernels
+
+torch.set_num_threads(2)
+
+
+def pytest_configure() -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        try:
+            import triton_interpreter
+        except ImportError:  # no Triton for this platform: its tests skip themselves
+            return
+        triton_interpreter.install()
+
+
+@pytest.fixture(autouse=True)
+def nan_filled_allocations():
+    """Fresh memory holds NaN (`torch.utils.deterministic.fill_uninitialized_memory`), so unwritten elements show."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
