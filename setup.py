@@ -50,7 +50,9 @@ class CMakeBuild(build_ext):
             "PETL_CUDA_ARCHS": os.environ.get("PETL_KERNELS_CUDA_ARCHS", "80;86;90a;100;120"),
         }
         run = {"check": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        subprocess.run(["cmake", "-S", CSRC, "-B", build, "-G", "Ninja", *(f"-D{k}={v}" for k, v in options.items())], **run)
+        subprocess.run(
+            ["cmake", "-S", CSRC, "-B", build, "-G", "Ninja", *(f"-D{k}={v}" for k, v in options.items())], **run
+        )
         subprocess.run(["cmake", "--build", build], **run)
 
 

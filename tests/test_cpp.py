@@ -66,7 +66,9 @@ def test_rounding_is_to_nearest_even(name: str, dtype: torch.dtype) -> None:
     """Float32 values of every magnitude, ties included, narrow as torch narrows them."""
     exact = every_value(dtype).float()
     between = (exact[:-1] + exact[1:]) / 2
-    values = torch.cat([exact, between, torch.nextafter(between, exact[1:]), torch.tensor([3.4e38, 1e-45, 65519.9, 65520.0])])
+    values = torch.cat(
+        [exact, between, torch.nextafter(between, exact[1:]), torch.tensor([3.4e38, 1e-45, 65519.9, 65520.0])]
+    )
     x, zero = torch.zeros(1, 1, dtype=dtype), torch.zeros(1, 1, dtype=torch.float32)
     with isa(name):
         y = bottleneck_adapter(x, zero, None, zero.expand(values.numel(), 1), values, impl="cpp")

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from table import DTYPES, LOW, Recorder, case_impl, device, impls, inputs, kernels, replaced, short, table, tensors
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 from petl_kernels.testing import CASES, Case, Inputs, arguments, check, run
@@ -199,6 +200,16 @@ def test_only_the_needed_gradients_are_computed(case, impl):
         ((_, _, grads),) = [made for made in recorder.calls if made[0] is backward]
         sizes = {name: grad.numel() for name, grad in zip(returned, grads)}
         assert sizes == {name: 0 if name == frozen else call[name].numel() for name in returned}
+
+
+@EVERY_KERNEL
+def test_wrapper_tensors_go_to_the_reference(case, impl):
+    """A tensor that wraps others (as DTensor does) has no memory of its own for a kernel to read."""
+    call = arguments(inputs(case, impl, scale=1.0, frozen=tuple(tensors(inputs(case, impl)))))
+    wrapped = replaced(call, first(call), TwoTensor(call[first(call)], call[first(call)]))
+    with pytest.raises(RuntimeError, match=rf"{case.name}: impl='{impl}' .* got a TwoTensor"):
+        case.fn(**wrapped, impl=impl)
+    torch.testing.assert_close(case.fn(**wrapped).a, case.fn(**call, impl="reference"))
 
 
 @EVERY_IMPL

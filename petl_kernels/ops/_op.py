@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from petl_kernels.ops._select import AUTO, asked_for
 
@@ -58,6 +59,16 @@ def _assume_constant(fn: Callable[..., Any]) -> Callable[..., Any]:
 @_assume_constant
 def _in_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, float, int, str, type(None)))
+
+
+def _wrapper(call: Sequence[Any]) -> str | None:
+    """The type of an argument that only wraps tensors (DTensor, a quantised weight), whose address says nothing."""
+    if torch.compiler.is_compiling() or _PLAIN.issuperset(map(type, call)):
+        return None
+    return next((type(value).__name__ for value in call if is_traceable_wrapper_subclass(value)), None)
 
 
 def _has_tangent(value: Any) -> bool:
@@ -114,6 +125,8 @@ class Op:
             return None
         if _in_transform():
             return "torch.func transforms (vmap, grad, jvp) cannot look inside it; the reference supports them"
+        if wrapped := _wrapper(call):
+            return f"its tensors must own their memory, got a {wrapped}"
         if forward_ad._current_level >= 0 and any(map(_has_tangent, call)):
             return "forward-mode AD (jvp) would silently lose the tangents; the reference supports it"
         failure = _import_failure(f"{self._package.__name__}.{impl}")
