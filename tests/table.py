@@ -7,6 +7,7 @@ narrows them to some implementations, for work where the others cannot be.
 from __future__ import annotations
 
 import os
+from itertools import product
 from typing import Any
 
 import pytest
@@ -47,13 +48,12 @@ def case_impl(of: Any = impls) -> list[Any]:
     return [pytest.param(case, impl, id=f"{case.name}-{impl}") for case in CASES for impl in of(case)]
 
 
-def table(every: dict[str, int] | None = None) -> list[Any]:
-    """Parameters (case, sample, impl, dtype). `every` thins an implementation to each n-th of its rows."""
+def table() -> list[Any]:
+    """Parameters (case, sample, impl, dtype)."""
     parameters = []
     for case in CASES:
         for impl in impls(case):
-            rows = [(sample, dtype) for dtype in DTYPES[impl] for sample in case.samples]
-            for sample, dtype in rows[:: (every or {}).get(impl, 1)]:
+            for sample, dtype in product(case.samples, DTYPES[impl]):
                 name = f"{case.name}-{sample['id']}-{impl}-{short(dtype)}"
                 parameters.append(pytest.param(case, sample, impl, dtype, id=name))
     return parameters
