@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,6 +50,9 @@ def main(
     """Check, then time eager, torch.compile and every implementation in interleaved rounds."""
     if isa is not None:
         _emulate(isa)
+    # A cache of its own: code that Inductor kept from a run under another instruction set has crashed this one.
+    inductor = tempfile.TemporaryDirectory(prefix="petl_kernels_inductor_")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = inductor.name
     torch.set_num_threads(threads or torch.get_num_threads())
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     modes = _chosen("--mode", mode, MODES)

@@ -119,7 +119,7 @@ void forward(const BottleneckForward& f) {
     const int me = omp_get_thread_num();
     C* z = scratch + me * (z_size + x_size);
     C* x_scratch = z + z_size;
-    const Range range = share(f.n, me, threads);
+    const Range range = share(f.n, me, omp_get_num_threads());  // the team may be smaller than asked for
     for (int64_t row = range.begin; row < range.end; row += block) {
       const int64_t rows = range.end - row < block ? range.end - row : block;
       const Operand<C> x = operand<C>(f.x, row, rows, f.d_in, x_scratch);
@@ -246,7 +246,7 @@ void finish_up(const BottleneckBackward& b, const BackwardPlan<C>& plan, const C
 template <typename C, typename X>
 void backward(const BottleneckBackward& b) {
   constexpr int64_t kCols = kTileCols<C>;
-  const BackwardPlan<C> plan(b);
+  BackwardPlan<C> plan(b);
   const int threads = plan.threads;
   const int64_t per_thread = 2 * plan.h_size() + plan.tile_size(b.d_out) + plan.tile_size(b.d_in) + plan.partial_size() +
                              (plan.up_rows + 1) * kCols + plan.rp;
@@ -269,6 +269,8 @@ void backward(const BottleneckBackward& b) {
 
 #pragma omp parallel num_threads(threads)
   {
+#pragma omp single nowait
+    plan.threads = omp_get_num_threads();  // the team may be smaller than asked for
     if (plan.dz) {
 #pragma omp for nowait
       for (int64_t p = 0; p < plan.rp; p += kCols) pack_rows<C>(b.w_up, p, b.r, b.d_out, scales, w_up + p * b.d_out);
@@ -279,7 +281,7 @@ void backward(const BottleneckBackward& b) {
     const int me = omp_get_thread_num();
     C* mine = partials + me * plan.partial_size();
     const Partial<C> partial{mine, mine + down_at, mine + b_down_at};
-    const Range range = share(b.n, me, threads);
+    const Range range = share(b.n, me, plan.threads);
     if (range.begin == range.end) std::memset(mine, 0, sizeof(C) * plan.partial_size());
     for (int64_t row = range.begin; row < range.end; row += plan.block) {
       const int64_t rows = range.end - row < plan.block ? range.end - row : plan.block;
@@ -298,14 +300,14 @@ void backward(const BottleneckBackward& b) {
 #pragma omp for nowait
       for (int64_t k = 0; k < b.r; ++k) {
         C* row = partials + down_at + k * plan.ip;  // summed in place, into the first partial
-        sum_partials(row, plan.partial_size(), threads, b.d_in, row);
+        sum_partials(row, plan.partial_size(), plan.threads, b.d_in, row);
         narrow(row, plan.ip, 1, b.d_in, b.dw_down, k);
       }
     }
   }
   if (b.db_down) {
     C* row = partials + b_down_at;
-    sum_partials(row, plan.partial_size(), threads, b.r, row);
+    sum_partials(row, plan.partial_size(), plan.threads, b.r, row);
     narrow(row, b.r, 1, b.r, b.db_down, 0);
   }
   if (b.dscale && b.scale_size == 1) {
