@@ -38,9 +38,8 @@ def _preference(x: Tensor, *_: Any) -> tuple[str, ...]:
     # From benchmarks/results. No GPU figures exist yet, and "auto" takes nothing on trust.
     if x.device.type != "cpu":
         return ()
-    # With AVX512-BF16 eager is 1.1-1.4x faster up to 4096 x 1024, and 1.2-1.5x slower from 12608 x 768 on, where its
-    # temporaries leave the cache.
-    if x.dtype == torch.bfloat16 and _FAST_BF16 and x.numel() < 2**23:
+    # With AVX512-BF16 eager is 1.0-1.3x faster at five of the six benchmark shapes, ours 1.6x only at 4096 x 4096.
+    if x.dtype == torch.bfloat16 and _FAST_BF16:
         return ()
     return ("cpp",)
 
