@@ -39,13 +39,20 @@ def device(impl: str) -> str:
     return "cuda" if impl != "cpp" and torch.cuda.is_available() else "cpu"
 
 
+def marks(impl: str) -> list[pytest.MarkDecorator]:
+    """`pytest -m gpu` takes what runs on one."""
+    return [pytest.mark.gpu] if device(impl) == "cuda" else []
+
+
 def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
 def case_impl(of: Any = impls) -> list[Any]:
     """Parameters (case, impl)."""
-    return [pytest.param(case, impl, id=f"{case.name}-{impl}") for case in CASES for impl in of(case)]
+    return [
+        pytest.param(case, impl, id=f"{case.name}-{impl}", marks=marks(impl)) for case in CASES for impl in of(case)
+    ]
 
 
 def table() -> list[Any]:
@@ -55,7 +62,7 @@ def table() -> list[Any]:
         for impl in impls(case):
             for sample, dtype in product(case.samples, DTYPES[impl]):
                 name = f"{case.name}-{sample['id']}-{impl}-{short(dtype)}"
-                parameters.append(pytest.param(case, sample, impl, dtype, id=name))
+                parameters.append(pytest.param(case, sample, impl, dtype, id=name, marks=marks(impl)))
     return parameters
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from rich.table import Table
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass
@@ -37,6 +39,8 @@ class FuseReport:
         return "\n".join(filter(None, lines))
 
     def __rich__(self) -> Table:
+        from rich.table import Table  # 30 ms that only those who render pay
+
         table = Table("module", "fused", "what, or why not", title=self.summary)
         for name, what in self.fused.items():
             table.add_row(name, "yes", what)
