@@ -27,7 +27,7 @@ class CMakeBuild(build_ext):
             if wanted == "0":
                 raise RuntimeError("switched off (PETL_KERNELS_CPU=0)")
             self.cmake(target, report)
-        except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
             if wanted == "1" or os.environ.get("PETL_KERNELS_CUDA") == "1":
                 raise
             output = getattr(error, "stdout", None) or str(error)

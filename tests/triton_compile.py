@@ -107,7 +107,7 @@ def main(backend: str, arch: str) -> None:
 
     def compile_once(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         # What the width d changes is the trip count of loops, unrolled only where x is held.
-        key = {name: value for name, value in options.items() if not name.startswith("D_") or options.get("HOLD")}
+        key = {name: value for name, value in options.items() if not name.startswith("D_") or options.get("HELD")}
         types = tuple(None if a is None else str(getattr(a, "dtype", type(a))) for a in args)
         identity = (self.fn.__name__, types, tuple(sorted(key.items())))
         if identity not in seen:

@@ -67,14 +67,17 @@ def _row_settings(n: int, d: int, r: int, itemsize: int, device: _Device) -> dic
     )
 
 
-def _can_hold(d: int, itemsize: int, settings: dict[str, int]) -> bool:
-    """Whether a row tile of width d stays in registers for the whole forward: 96 KiB of a processor's 256.
+def _held_slabs(d: int, itemsize: int, settings: dict[str, int]) -> int:
+    """How many of x's slabs of 128 columns stay in registers for the whole forward: 96 KiB of a processor's 256.
 
-    Held, x is read once; else it is read again, from the L2 cache, for the residual. Products of float32 operands
-    leave no registers for it.
+    Held, they are read once; the others are read again, from the L2 cache, for the residual. Products of float32
+    operands leave no registers for them.
     """
-    fits = settings["BLOCK_M"] * d * itemsize <= 96 * 1024
-    return itemsize == 2 and settings["BLOCK_R"] <= 64 and d <= 1024 and fits
+    if itemsize != 2 or settings["BLOCK_R"] > 64:
+        return 0
+    width = _block(128, d)
+    room = 96 * 1024 // (settings["BLOCK_M"] * itemsize * width)
+    return min(triton.cdiv(d, width), 8, room)
 
 
 def _slab_settings(d: int, r: int, itemsize: int, device: _Device) -> dict[str, int]:
@@ -159,7 +162,7 @@ def forward(
     x, stride_xm = _rows(x)
     device = _device(x.device)
     settings = _row_settings(n, d_in, r, x.element_size(), device)
-    held = sequential and _can_hold(d_in, x.element_size(), settings)
+    held = _held_slabs(d_in, x.element_size(), settings) if sequential else 0
     if held:
         settings["BLOCK_D"] = _block(128, d_in)  # fewer unrolled slabs
     if sequential:
@@ -173,7 +176,7 @@ def forward(
             _dense(b_down),
             w_up.contiguous(),
             _dense(b_up),
-            None if held else residual,
+            residual,
             _dense(scale),
             y,
             z if save_z else None,
@@ -187,7 +190,7 @@ def forward(
             CHANNEL_SCALE=scale is not None and scale.numel() > 1,
             ACTIVATION=activation,
             PRECISION=_precision(),
-            HOLD=held,
+            HELD=held,
             **settings,
         )
     return y, z

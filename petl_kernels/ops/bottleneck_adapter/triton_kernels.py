@@ -129,37 +129,38 @@ def _bottleneck_adapter_fwd_kernel(
     CHANNEL_SCALE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
-    HOLD: tl.constexpr,
+    HELD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """BLOCK_M rows of y and z. HOLD, for the sequential residual: x's rows stay in registers between the passes."""
+    """BLOCK_M rows of y and z.
+
+    HELD, for the sequential residual: as many of x's slabs of BLOCK_D columns stay in registers between the passes.
+    """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_D)
     ranks = tl.arange(0, BLOCK_R)
     dtype = x_ptr.dtype.element_ty
-    SLABS: tl.constexpr = (D_IN + BLOCK_D - 1) // BLOCK_D
 
     z = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     x_tiles = ()
-    if HOLD:
-        for i in tl.static_range(SLABS):
+    if HELD > 0:
+        for i in tl.static_range(HELD):
             x = _load(x_ptr, rows, stride_xm, n, cols + i * BLOCK_D, 1, D_IN)
             x_tiles = x_tiles + (x,)  # noqa: RUF005 (Triton compiles no starred expression)
         # An unrolled loop is not pipelined by the compiler: the next weights are asked for before the product.
         w = _load(w_down_ptr, cols, 1, D_IN, ranks, D_IN, R)
-        for i in tl.static_range(SLABS):
+        for i in tl.static_range(HELD):
             ahead = w
-            if i + 1 < SLABS:
+            if i + 1 < HELD:
                 ahead = _load(w_down_ptr, cols + (i + 1) * BLOCK_D, 1, D_IN, ranks, D_IN, R)
             z = tl.dot(x_tiles[i], w.to(dtype), z, input_precision=PRECISION)
             w = ahead
-    else:
-        for start in range(0, D_IN, BLOCK_D):
-            x = _load(x_ptr, rows, stride_xm, n, start + cols, 1, D_IN)
-            w = _load(w_down_ptr, start + cols, 1, D_IN, ranks, D_IN, R)
-            z = tl.dot(x, w.to(dtype), z, input_precision=PRECISION)
+    for start in range(HELD * BLOCK_D, D_IN, BLOCK_D):
+        x = _load(x_ptr, rows, stride_xm, n, start + cols, 1, D_IN)
+        w = _load(w_down_ptr, start + cols, 1, D_IN, ranks, D_IN, R)
+        z = tl.dot(x, w.to(dtype), z, input_precision=PRECISION)
     if b_down_ptr is not None:
         z += tl.load(b_down_ptr + ranks, mask=ranks < R, other=0.0).to(tl.float32)[None, :]
     if z_ptr is not None:
@@ -167,24 +168,23 @@ def _bottleneck_adapter_fwd_kernel(
     # Padding ranks must be zero: an infinite x times their zero weights is NaN, and would stay one in the sum.
     h = tl.where(ranks[None, :] < R, _activate(z, ACTIVATION), 0.0).to(dtype)
 
-    if HOLD:
+    if HELD > 0:
         w = _load(w_up_ptr, ranks, 1, R, cols, R, D_OUT)
-        for i in tl.static_range(SLABS):
+        for i in tl.static_range(HELD):
             ahead = w
-            if i + 1 < SLABS:
+            if i + 1 < HELD:
                 ahead = _load(w_up_ptr, ranks, 1, R, cols + (i + 1) * BLOCK_D, R, D_OUT)
             out = cols + i * BLOCK_D
             y = _up_slab(h, w, out, D_OUT, b_up_ptr, scale_ptr, alpha, CHANNEL_SCALE, PRECISION)
             _store(y_ptr, y + x_tiles[i].to(tl.float32), rows, D_OUT, n, out, 1, D_OUT)
             w = ahead
-    else:
-        for start in range(0, D_OUT, BLOCK_D):
-            out = start + cols
-            w = _load(w_up_ptr, ranks, 1, R, out, R, D_OUT)
-            y = _up_slab(h, w, out, D_OUT, b_up_ptr, scale_ptr, alpha, CHANNEL_SCALE, PRECISION)
-            if residual_ptr is not None:
-                y += _load(residual_ptr, rows, stride_rm, n, out, 1, D_OUT).to(tl.float32)
-            _store(y_ptr, y, rows, D_OUT, n, out, 1, D_OUT)
+    for start in range(HELD * BLOCK_D, D_OUT, BLOCK_D):
+        out = start + cols
+        w = _load(w_up_ptr, ranks, 1, R, out, R, D_OUT)
+        y = _up_slab(h, w, out, D_OUT, b_up_ptr, scale_ptr, alpha, CHANNEL_SCALE, PRECISION)
+        if residual_ptr is not None:
+            y += _load(residual_ptr, rows, stride_rm, n, out, 1, D_OUT).to(tl.float32)
+        _store(y_ptr, y, rows, D_OUT, n, out, 1, D_OUT)
 
 
 @triton.jit
