@@ -89,7 +89,7 @@ def test_launches(n, options, launches):
 @interpreted
 @pytest.mark.parametrize(
     ("size", "forward", "backward"),
-    # Of a row of 4096 a quarter fits the registers: the forward reads the rest twice, the second time from the L2 cache.
+    # Of a row of 4096 a quarter fits the registers: the forward reads the rest twice, then from the L2 cache.
     [((256, 768, 64), 2.1, 5.2), ((256, 1024, 16), 2.05, 4.2), ((64, 4096, 64), 2.8, 5.05)],
     ids=["256x768x64", "256x1024x16", "64x4096x64"],
 )
