@@ -32,8 +32,7 @@ struct BottleneckForward {
   int threads;
 };
 
-// The gradients of the above; those that are absent are not computed. add_g: the residual was x, so dx includes g.
-// dw_up, db_up and dscale are those of the unscaled product, see design: dw_up = s g^T h.
+// The gradients of the above, of which the absent ones are not computed. add_g: the residual was x, so dx includes g.
 struct BottleneckBackward {
   int64_t n, d_in, r, d_out;
   Rows g, x, z, w_down, w_up, b_up, scale;

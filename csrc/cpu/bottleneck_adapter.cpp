@@ -93,7 +93,7 @@ void forward(const BottleneckForward& f) {
   const int64_t ldz = rp + kLanes<C>, z_size = block * ldz, x_size = block * scratch_stride<C>(f.d_in);
   using W = Workspace;
   Workspace work(W::bytes<C>(rp * f.d_in) + W::bytes<C>(f.r * dp) + W::bytes<C>(rp) + 2 * W::bytes<C>(dp) +
-                 threads * (W::bytes<C>(z_size) + W::bytes<C>(x_size)));
+                 W::bytes<C>(threads * (z_size + x_size)));
   C* down = work.take<C>(rp * f.d_in);
   C* up = work.take<C>(f.r * dp);
   C* b_down = work.take<C>(rp);
@@ -248,19 +248,18 @@ void backward(const BottleneckBackward& b) {
   constexpr int64_t kCols = kTileCols<C>;
   BackwardPlan<C> plan(b);
   const int threads = plan.threads;
-  const int64_t per_thread = 2 * plan.h_size() + plan.tile_size(b.d_out) + plan.tile_size(b.d_in) + plan.partial_size() +
-                             (plan.up_rows + 1) * kCols + plan.rp;
+  const int64_t tiles_size = 2 * plan.h_size() + plan.tile_size(b.d_out) + plan.tile_size(b.d_in);
+  const int64_t sums_size = (plan.up_rows + 1) * kCols + plan.rp;
   using W = Workspace;
   Workspace work(W::bytes<C>(plan.rp * b.d_out) + W::bytes<C>(plan.ip * b.r) + 2 * W::bytes<C>(plan.op) +
-                 W::bytes<C>(threads * round_up(per_thread, 16)));
+                 W::bytes<C>(threads * tiles_size) + W::bytes<C>(threads * sums_size) +
+                 W::bytes<C>(threads * plan.partial_size()));
   C* w_up = work.take<C>(plan.rp * b.d_out);
   C* w_down = work.take<C>(plan.ip * b.r);
   C* scales = work.take<C>(plan.op);
   C* dscale = work.take<C>(plan.op);
-  const int64_t tiles_size = 2 * plan.h_size() + plan.tile_size(b.d_out) + plan.tile_size(b.d_in);
-  const int64_t rest_size = (plan.up_rows + 1) * kCols + plan.rp;
   C* tiles = work.take<C>(threads * tiles_size);
-  C* rest = work.take<C>(threads * rest_size);
+  C* all_sums = work.take<C>(threads * sums_size);
   C* partials = work.take<C>(threads * plan.partial_size());
   const int64_t down_at = plan.up_rows * plan.op, b_down_at = down_at + (plan.down ? plan.rp * plan.ip : 0);
 
@@ -288,7 +287,7 @@ void backward(const BottleneckBackward& b) {
       backward_block<C, X>(b, plan, row, rows, row == range.begin, w_up, w_down, tiles + me * tiles_size, partial);
     }
 #pragma omp barrier
-    C *sums = rest + me * rest_size, *w_row = sums + (plan.up_rows + 1) * kCols;
+    C *sums = all_sums + me * sums_size, *w_row = sums + (plan.up_rows + 1) * kCols;
     if (plan.up) {
 #pragma omp for nowait
       for (int64_t c = 0; c < b.d_out; c += kCols) {

@@ -2,8 +2,8 @@
 #pragma once
 
 #include <cstdlib>
-#include <memory>
 #include <new>
+#include <type_traits>
 
 #include "../petl.h"
 #include "gemm.h"
@@ -111,10 +111,9 @@ Operand<C> operand(const Rows& m, int64_t row, int64_t rows, int64_t cols, C* sc
   return {scratch, scratch_stride<C>(cols)};
 }
 
-// A panel of kTileCols columns of a weight, [k][kTileCols], padded with zeros, each column (or each k) times a scale.
-enum class Scaled { kNone, kColumns, kDepth };
+// Panels of kTileCols columns of a weight, [k][kTileCols], padded with zeros. `scale`, when given, multiplies.
 
-// Column j of the panel is row `first + j` of w [n, k].
+// Column j of the panel is row `first + j` of w [n, k], times scale[first + j].
 template <typename C>
 void pack_transposed(const Rows& w, int64_t first, int64_t n, int64_t k, const C* scale, C* panel) {
   with_storage<C>(w.dtype, [&](auto* tag) {
@@ -134,23 +133,26 @@ void pack_transposed(const Rows& w, int64_t first, int64_t n, int64_t k, const C
   });
 }
 
-// Column j of the panel is column `first + j` of w [k, n].
+// Column j of the panel is column `first + j` of w [k, n]; row kk of the panel is times scale[kk].
 template <typename C>
 void pack_rows(const Rows& w, int64_t first, int64_t n, int64_t k, const C* scale, C* panel) {
-  const int64_t count = n - first < kTileCols<C> ? n - first : kTileCols<C>;
-  for (int64_t kk = 0; kk < k; ++kk) {
-    C* to = panel + kk * kTileCols<C>;
-    const Rows row{static_cast<char*>(w.data), w.dtype, w.stride};
-    with_storage<C>(w.dtype, [&](auto* tag) {
-      using S = std::remove_pointer_t<decltype(tag)>;
-      const S* from = static_cast<const S*>(row.data) + kk * row.stride + first;
+  with_storage<C>(w.dtype, [&](auto* tag) {
+    using S = std::remove_pointer_t<decltype(tag)>;
+    for (int64_t kk = 0; kk < k; ++kk) {
+      const S* from = static_cast<const S*>(w.data) + kk * w.stride + first;
+      C* to = panel + kk * kTileCols<C>;
       for (int64_t j = 0; j < kTileCols<C>; j += kLanes<C>) {
-        const int64_t left = count - j;
-        Vec<C> v = left >= kLanes<C> ? Storage<C, S>::load(from + j) : left > 0 ? load_first<C, S>(from + j, left) : Vec<C>{};
+        const int64_t left = n - first - j;
+        Vec<C> v = {};
+        if (left >= kLanes<C>) {
+          v = Storage<C, S>::load(from + j);
+        } else if (left > 0) {
+          v = load_first<C, S>(from + j, left);
+        }
         Storage<C, C>::store(to + j, scale ? v * scale[kk] : v);
       }
-    });
-  }
+    }
+  });
 }
 
 // The rows of thread `index` of `count`: contiguous, whole tiles.

@@ -9,8 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from petl_kernels import _cpu
 from petl_kernels.ops._native import empty, empty_like, nothing, row_major, rows
+
+try:
+    from petl_kernels import _cpu
+except ImportError as error:
+    raise ImportError(f"petl_kernels has no C++ kernels here (`petl-kernels env` says why): {error}") from error
 
 _ACTIVATIONS = {
     name: code
