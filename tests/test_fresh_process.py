@@ -41,6 +41,16 @@ except RuntimeError as error:
     assert f"impl='{impl}' cannot run this call: it cannot be imported here" in said
 
 
+def test_triton_refuses_bfloat16_in_its_own_interpreter():
+    code = """
+for dtype in (torch.float32, torch.bfloat16):
+    call = case.op.prepare(**arguments(case.inputs(case.host, dtype)))
+    print(case.op.unsupported("triton", *call))
+"""
+    float32, bfloat16 = python(CALL + code, TRITON_INTERPRET="1").splitlines()
+    assert float32 == "None" and "raw bits of bfloat16" in bfloat16
+
+
 def test_without_any_kernel_the_reference_runs_compiled_too():
     code = """
 assert check(case, call, torch.compile(case.fn, fullgraph=True, backend="aot_eager")) == []

@@ -19,6 +19,11 @@ from petl_kernels.ops.bottleneck_adapter import triton_kernels as kernels
 
 _MAX_RANK = 512
 _INTERPRETED = not isinstance(kernels._bottleneck_adapter_fwd_kernel, triton.JITFunction)
+_RAW_BF16 = False
+if _INTERPRETED:
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    _RAW_BF16 = not getattr(InterpreterBuilder, "mended", False)  # as tests/triton_interpreter.py does
 
 
 class _Device(NamedTuple):
@@ -135,6 +140,8 @@ def unsupported(
         return f"its bottleneck is at most {_MAX_RANK} wide, got r = {w_down.shape[0]}"
     if x.device.type != "cuda" and not (_INTERPRETED and x.device.type == "cpu"):
         return f"it needs tensors on a GPU, got {x.device.type} (or TRITON_INTERPRET=1 set before triton is imported)"
+    if _RAW_BF16 and torch.bfloat16 in (x.dtype, w_down.dtype):
+        return "Triton's interpreter multiplies the raw bits of bfloat16; float32 and float16 work in it"
     return None
 
 
