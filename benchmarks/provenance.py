@@ -49,9 +49,9 @@ def isa() -> str:
     """The instruction sets of PyTorch's kernels and of ours."""
     ours = "no C++ kernels"
     try:
-        from petl_kernels import _cpu  # type: ignore[attr-defined]
+        from petl_kernels.ops._native import _cpu
 
-        ours = f"petl_kernels {os.environ.get('PETL_KERNELS_CPU_ISA') or _cpu.isa()}"
+        ours = f"petl_kernels {_cpu.isa()}"
     except ImportError:
         pass
     emulated = f", oneDNN up to {limit}" if (limit := os.environ.get("ONEDNN_MAX_CPU_ISA")) else ""

@@ -93,7 +93,7 @@ def _recorded(extension: str) -> dict[str, Any]:
 
 def _cpu_extension() -> dict[str, Any]:
     try:
-        from petl_kernels import _cpu  # type: ignore[attr-defined]
+        from petl_kernels.ops._native import _cpu
     except ImportError as error:
         recorded = _recorded("cpu")
         # A build that succeeded and a library that does not load: the loader knows why, the record does not.

@@ -1,11 +1,21 @@
-"""Tensors as the torch-free extension takes them: address, dtype and row stride."""
+"""The torch-free CPU extension, and tensors as it takes them: address, dtype and row stride."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+try:
+    from petl_kernels import _cpu
+except ImportError as error:
+    raise ImportError(f"petl_kernels has no C++ kernels here (`petl-kernels env` says why): {error}") from error
+
+ENV_ISA = "PETL_KERNELS_CPU_ISA"
+if ENV_ISA in os.environ:
+    _cpu.set_isa(os.environ[ENV_ISA])
 
 Rows = tuple[int, int, int]
 

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from petl_kernels.ops._native import empty, empty_like, nothing, row_major, rows
-
-try:
-    from petl_kernels import _cpu
-except ImportError as error:
-    raise ImportError(f"petl_kernels has no C++ kernels here (`petl-kernels env` says why): {error}") from error
+from petl_kernels.ops._native import _cpu, empty, empty_like, nothing, row_major, rows
 
 _ACTIVATIONS = {
     name: code
     for code, name in enumerate(("relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "leaky_relu", "identity"))
 }
-
-if "PETL_KERNELS_CPU_ISA" in os.environ:
-    _cpu.set_isa(os.environ["PETL_KERNELS_CPU_ISA"])
 
 
 def unsupported(x: Tensor, *_: Any) -> str | None:
