@@ -63,6 +63,7 @@ def test_the_environment_is_shown(monkeypatch):
 def blocked(monkeypatch):
     monkeypatch.setitem(sys.modules, "petl_kernels._cpu", None)
     monkeypatch.delattr(petl_kernels, "_cpu", raising=False)
+    monkeypatch.delitem(sys.modules, "petl_kernels.ops._native", raising=False)  # which holds on to it
 
 
 def test_why_the_extension_is_missing(monkeypatch, tmp_path):
