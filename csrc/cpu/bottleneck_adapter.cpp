@@ -12,15 +12,15 @@ namespace {
 constexpr int64_t kDepthBlock = 256;  // of k, so that a panel (256 x kTileCols) stays in L1
 
 // Rows that a thread takes through all phases at once: tiles of 256 KB of x and of g leave room in a 1 MB L2 for the
-// weights. Fewer than 48 rows would spend the time on reading and writing the weight gradients (12 rows: 20 % slower at
-// d = 4096), more than 96 gain nothing.
+// weights. Fewer than 48 rows would spend the time on reading and writing the weight gradients (12 rows: 14 % slower at
+// d = 4096, AVX2), more than 96 gain nothing.
 int64_t block_rows(int64_t d) {
   const int64_t rows = (int64_t{256} << 10) / (d * static_cast<int64_t>(sizeof(float)));
   return round_up(rows < 48 ? 48 : rows > 96 ? 96 : rows, kTileRows);
 }
 
 int useful_threads(int threads, int64_t n, int64_t multiply_adds) {
-  // A team costs about 5 us to start: below 2^18 multiply-adds (some 5 us of one core) it does not pay.
+  // A team costs about 2 us, 2^18 multiply-adds 4 us of one core: a thread for less than that does not pay.
   const int64_t by_work = multiply_adds >> 18, by_rows = (n + kTileRows - 1) / kTileRows;
   const int64_t most = by_work < by_rows ? by_work : by_rows;
   return static_cast<int>(most < 1 ? 1 : most < threads ? most : threads);
@@ -192,7 +192,7 @@ void backward_block(const BottleneckBackward& b, const BackwardPlan<C>& plan, in
                       first ? nullptr : partial.down, plan.ip, nullptr});
   }
   if (b.db_down) {
-    // The block's own sum first: one chain over all rows loses 2 bits at a thousand of them.
+    // The block's own sum first: one chain over 1000 rows was less accurate than twice eager's error.
     for (int64_t k = 0; k < b.r; k += kLanes<C>) {
       Vec<C> sum = {};
       for (int64_t i = 0; i < rows; ++i) sum += load_raw<Vec<C>>(dz + i * ldz + k);
