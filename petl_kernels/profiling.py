@@ -33,10 +33,11 @@ def saved_bytes(fn: Callable[[], Any], exclude: Iterable[Tensor] = ()) -> int:
     storages: dict[int, torch.UntypedStorage] = {}  # kept alive, or an address could be used twice
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            storages[storage.data_ptr()] = storage
-        return tensor
+        for part in (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,):
+            storage = part.untyped_storage()
+            if storage.data_ptr() not in known:
+                storages[storage.data_ptr()] = storage
+        return tensor.detach()  # an output that its own node saved as it is would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         fn()
@@ -44,7 +45,8 @@ def saved_bytes(fn: Callable[[], Any], exclude: Iterable[Tensor] = ()) -> int:
 
 
 # They allocate, read metadata or rename, and launch nothing.
-_NOT_LAUNCHED = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_local_scalar_dense"}
+_NOT_LAUNCHED = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+_NOT_LAUNCHED |= {"_local_scalar_dense", "promote_types"}
 _VIEWS = {"detach", "alias", "_unsafe_view", "_reshape_alias", "lift_fresh"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 
 import pytest
 import torch
@@ -34,6 +35,16 @@ def test_saved_bytes_leaves_parameters_out():
 def test_saved_bytes_survives_the_backward_pass():
     x = torch.randn(100, requires_grad=True)
     assert saved_bytes(lambda: [(x * torch.randn(100)).sum().backward() for _ in range(3)]) == 3 * 400
+
+
+def test_saved_bytes_lets_go_of_what_was_saved():
+    x, outputs = torch.randn(100, requires_grad=True), []
+
+    def forward() -> None:
+        y = x.exp()  # saves its own output
+        outputs.append(weakref.ref(y))
+
+    assert saved_bytes(forward) == 400 and outputs[0]() is None
 
 
 def test_launches_of_forward_and_backward():
@@ -109,3 +120,10 @@ def test_time_of_another_method_and_without_backward():
         times = module_time([site], lambda: site(torch.ones(2)), method="inner")
     assert times.forward >= 0.02 and times.total - times.forward >= 0.02 and times.backward == 0
     assert ModuleTime().share == 0
+
+
+def test_saved_bytes_of_a_sparse_tensor():
+    weight = torch.eye(4).to_sparse()
+    x = torch.ones(4, 4, requires_grad=True)
+    parts = weight._indices().nbytes + weight._values().nbytes
+    assert saved_bytes(lambda: torch.sparse.mm(weight, x)) >= parts
