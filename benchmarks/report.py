@@ -31,7 +31,6 @@ COLUMNS = [
     "timestamp",
     "petl_kernels_version",
 ]
-BASELINES = ("eager", "compile")
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Measurement:
 
     @property
     def sizes(self) -> dict[str, int]:
-        return {name: value for name, value in self.sample.items() if name != "id"}
+        return {name: value for name, value in self.sample.items() if type(value) is int}
 
     @property
     def ceiling(self) -> float:
@@ -71,15 +70,15 @@ def speedups(group: Sequence[Measurement], provider: str, baseline: str) -> list
     ]
 
 
-def print_group(console: Console, group: Sequence[Measurement]) -> None:
-    """Print one table (a kernel in one dtype and mode) and the geometric means under it."""
+def print_group(console: Console, group: Sequence[Measurement], baselines: Sequence[str]) -> None:
+    """Print one table (a kernel in one dtype and mode) and the geometric means over each of the baselines under it."""
     kernel, dtype, mode = group[0].kernel, group[0].dtype, group[0].mode
     table = Table(title=f"{kernel}, {dtype}, {mode}", title_justify="left")
     unit = "us" if mode == "host" else "ms"
     headings = ["shape", "provider", unit, "20%", "80%"]
     if mode != "host":
         headings += ["GFLOP/s", "GB/s", "% ceiling"] + (["saved MiB"] if mode == "full" else [])
-    baselines = [b for b in BASELINES if any(m.provider == b for m in group)]
+    baselines = [b for b in baselines if any(m.provider == b for m in group)]
     for heading in (*headings, *(f"x {b}" for b in baselines)):
         table.add_column(heading, justify="left" if heading in ("shape", "provider") else "right")
     for m in group:
@@ -88,7 +87,7 @@ def print_group(console: Console, group: Sequence[Measurement]) -> None:
     console.print(table)
     for provider in dict.fromkeys(m.provider for m in group):
         means = [f"{geometric_mean(speedups(group, provider, b)):.2f}x {b}" for b in baselines if b != provider]
-        if provider not in BASELINES:
+        if provider not in baselines:
             console.print(f"{provider}, {dtype}, {mode}: geometric mean {', '.join(means)}")
 
 
@@ -131,7 +130,7 @@ def write_csv(path: Path, measurements: Sequence[Measurement], origin: Mapping[s
         writer.writerow(COLUMNS)
         for m in measurements:
             config = {
-                **m.sizes,
+                **{name: value for name, value in m.sample.items() if name != "id"},
                 "dtype": m.dtype,
                 **{k: origin[k] for k in ("threads", "isa", "torch", "triton", "commit")},
             }

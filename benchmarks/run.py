@@ -15,28 +15,33 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from libraries import baselines
 from provenance import ISA_VARIABLES, provenance
 from report import Measurement, print_group, write_csv
 from rich.console import Console
 from rich.progress import track
 from timing import call_of, ceilings, interleave, repeated
+from torch import Tensor
+from torch._functorch import config as functorch
 
 from petl_kernels.profiling import saved_bytes
-from petl_kernels.testing import CASES, Case, arguments, check
+from petl_kernels.testing import CASES, Case, Inputs, arguments, check, run
 
 HOST_CALLS = 100
-MODES = ("forward", "full", "host")
+MODES = ("forward", "backward", "full", "host")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 Provider = tuple[Callable[..., Any], dict[str, Any]]
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 def main(
-    op: Annotated[str | None, typer.Option(help="One op; all of them otherwise.")] = None,
+    op: Annotated[str | None, typer.Option(help="Ops, comma-separated; all of them otherwise.")] = None,
     impl: Annotated[
         str | None, typer.Option(help="Implementations, comma-separated; all that run here otherwise.")
     ] = None,
-    mode: Annotated[str, typer.Option(help="Some of forward (no grad), full (with backward), host.")] = ",".join(MODES),
+    mode: Annotated[
+        str, typer.Option(help="Some of forward (no grad), backward, full (both), host.")
+    ] = "forward,full,host",
     dtype: Annotated[str, typer.Option(help=f"Some of {', '.join(DTYPES)}.")] = "float32,bfloat16",
     shape: Annotated[list[str] | None, typer.Option(help="As 4096x768x64; may be repeated.")] = None,
     threads: Annotated[int | None, typer.Option(help="PyTorch's threads.")] = None,
@@ -53,13 +58,14 @@ def main(
     # A cache of its own: code that Inductor kept from a run under another instruction set has crashed this one.
     inductor = tempfile.TemporaryDirectory(prefix="petl_kernels_inductor_")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = inductor.name
+    functorch.donated_buffer = False  # or a compiled backward could not be timed by itself
     torch.set_num_threads(threads or torch.get_num_threads())
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     modes = _chosen("--mode", mode, MODES)
     dtypes = _chosen("--dtype", dtype, tuple(DTYPES))
-    cases = [case for case in CASES if op in (None, case.name)]
-    if not cases:
-        raise typer.BadParameter(f"--op must be one of {[case.name for case in CASES]}, got {op!r}")
+    known = tuple(case.name for case in CASES)
+    wanted = known if op is None else _chosen("--op", op, known)
+    cases = [case for case in CASES if case.name in wanted]
     origin = provenance(device)
     for name, value in origin.items():
         console.print(f"{name:13}{value}", markup=False)
@@ -75,7 +81,8 @@ def main(
             found = list(measure(case, shapes, providers(case, names, compile), modes, each, device, seconds, repeats))
             measurements += found
             for one in modes:
-                print_group(console, [m for m in found if m.mode == one])
+                if group := [m for m in found if m.mode == one]:
+                    print_group(console, group, baselines=["eager", "compile", *baselines(case)])
     if csv is not None:
         write_csv(csv, measurements, origin)
         console.print(f"{len(measurements)} measurements written to {csv}", markup=False)
@@ -100,7 +107,7 @@ def samples(case: Case, shapes: list[str] | None) -> list[dict[str, Any]]:
     """The case's benchmark calls, or one for each shape of the command line."""
     if shapes is None:
         return [dict(sample) for sample in case.bench]
-    keys = [key for key in case.bench[0] if key != "id"]
+    keys = [key for key, value in case.bench[0].items() if type(value) is int]
     found = []
     for text in shapes:
         sizes = text.split("x")
@@ -136,20 +143,33 @@ def _unsupported(case: Case, impl: str, device: str, dtype: str) -> str | None:
 
 
 def failures(case: Case, shapes: list[dict[str, Any]], names: list[str], dtypes: list[str], device: str) -> list[str]:
-    """What is wrong with the results of the kernels on the very calls that would be timed."""
+    """What is wrong with the results of kernels and baselines on the very calls that would be timed."""
     found = []
     pairs = [(sample, dtype) for dtype in dtypes for sample in (case.host, *shapes)]
     for sample, dtype in track(pairs, f"checking {case.name}", console=console, transient=True):
         inputs = case.inputs(sample, DTYPES[dtype], device=device)
+        for name, fn in baselines(case).items():
+            found += [f"{case.name} {sample['id']} {dtype} {name}: {f}" for f in astray(case, inputs, fn)]
         found += [f"{case.name} {sample['id']} {dtype} {n}: {f}" for n in names for f in check(case, inputs, impl=n)]
     return found
 
 
+def astray(case: Case, inputs: Inputs, fn: Callable[..., Tensor]) -> list[str]:
+    """Where a baseline computes something else; it may be less accurate than we have to be, in its own dtype."""
+    pairs = zip(run(fn, inputs).items(), run(case.fn, inputs, impl="reference").items(), strict=True)
+    return [
+        f"{name} is another one"
+        for (name, got), (_, wanted) in pairs
+        if not (got.double() - wanted.double()).abs().max() <= 0.1 * wanted.double().abs().max()
+    ]
+
+
 def providers(case: Case, names: list[str], compile: bool) -> dict[str, Provider]:
-    """Who is timed: eager PyTorch, its compilation, our kernels."""
+    """Who is timed: eager PyTorch, its compilation, what others do, our kernels."""
     found: dict[str, Provider] = {"eager": (case.fn, {"impl": "reference"})}
     if compile:
         found["compile"] = (torch.compile(case.fn, fullgraph=True, dynamic=False), {"impl": "reference"})
+    found |= {name: (fn, {}) for name, fn in baselines(case).items()}
     return found | {name: (case.fn, {"impl": name}) for name in names}
 
 
@@ -167,22 +187,25 @@ def measure(
     limits = ceilings(DTYPES[dtype], device)
     said = f"ceilings of {dtype}: {limits.flops / 1e9:.0f} GFLOP/s (matmul), {limits.bytes / 1e9:.0f} GB/s (copy)"
     console.print(said, markup=False)
+    modes = [mode for mode in modes if case.differentiable or mode in ("forward", "host")]
     todo = [(mode, sample) for mode in modes for sample in ([case.host] if mode == "host" else shapes)]
+    everything = "full" if case.differentiable else "forward"
     for mode, sample in track(todo, f"timing {case.name} {dtype}", console=console, transient=True):
         torch._dynamo.reset()  # each shape is compiled for itself
-        inputs = case.inputs(sample, DTYPES[dtype], device=device)
+        # Inputs of their own for each: some write to a weight, which would spoil the others' backward.
+        inputs = {name: case.inputs(sample, DTYPES[dtype], device=device) for name in who}
         host = mode == "host"
-        calls = {n: call_of(fn, inputs, "full" if host else mode, options) for n, (fn, options) in who.items()}
+        calls = {n: call_of(fn, inputs[n], everything if host else mode, options) for n, (fn, options) in who.items()}
         if host:
             calls = {name: repeated(call, HOST_CALLS) for name, call in calls.items()}
         times = interleave(calls, device, seconds, repeats)
-        flops, elements = case.cost(sample, "full" if host else mode)
+        flops, elements = case.cost(sample, everything if host else mode)
         moved = elements * DTYPES[dtype].itemsize
         for name, (fn, options) in who.items():
             if host:
                 yield Measurement(case.name, name, mode, sample, dtype, times[name].over(HOST_CALLS), flops, moved)
                 continue
-            saved = saved_bytes(lambda: fn(**arguments(inputs), **options)) if mode == "full" else None  # noqa: B023
+            saved = saved_bytes(lambda: fn(**arguments(inputs[name]), **options)) if mode == "full" else None  # noqa: B023
             yield Measurement(case.name, name, mode, sample, dtype, times[name], flops, moved, limits, saved)
 
 

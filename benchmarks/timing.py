@@ -80,7 +80,7 @@ def interleave(calls: Mapping[str, Call], device: str, seconds: float, rounds: i
 
 
 def call_of(fn: Callable[..., Tensor], inputs: Inputs, mode: str, options: Mapping[str, Any]) -> Call:
-    """What is timed: "forward" without grad, or "full", forward and backward to every tensor that trains."""
+    """What is timed: "forward" without grad, "backward" to every tensor that trains, or "full", both of them."""
     kwargs = {**arguments(inputs), **options}
 
     def forward() -> Tensor:
@@ -91,6 +91,9 @@ def call_of(fn: Callable[..., Tensor], inputs: Inputs, mode: str, options: Mappi
         return forward
     leaves = list({id(v): v for v in kwargs.values() if isinstance(v, Tensor) and v.requires_grad}.values())
     gradient = torch.randn_like(forward())
+    if mode == "backward":
+        output = fn(**kwargs)
+        return lambda: torch.autograd.grad(output, leaves, gradient, retain_graph=True)
     return lambda: torch.autograd.grad(fn(**kwargs), leaves, gradient)
 
 

@@ -19,6 +19,8 @@ struct Rows {
   explicit operator bool() const { return data != nullptr; }
 };
 
+inline int64_t element_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+
 // y = residual + scale * (act(x w_down^T + b_down) w_up^T + b_up). The dtypes of x, parameters and y are independent,
 // except that float64 mixes with nothing. `scale` has `scale_size` elements (1 or d_out) or is absent; alpha multiplies
 // it. z, when present, receives the pre-activation.
@@ -41,6 +43,108 @@ struct BottleneckBackward {
   Activation activation;
   bool add_g;
   Rows dx, dw_down, db_down, dw_up, db_up, dscale;
+  int threads;
+};
+
+// dw [k, d] = picked^T dense over n rows, or its transpose [d, k], and db [k] = the sum of picked's rows; dw and db may
+// be absent, dense then too. `picked` is the columns `channels` of a matrix, or its first k where that is null.
+struct ChannelGradient {
+  int64_t n, k, d;
+  Rows picked;
+  const int64_t* channels;
+  Rows dense;
+  bool transposed;
+  Rows dw, db;
+  int threads;
+};
+
+// y = x, but in the columns `channels` (k of them, distinct): y_C = x_C + s u, or, with scale_input, s x_C + u, where
+// u = x_C weight^T + bias and s = alpha times the one element of `scale`, when present. y has x's dtype. x_channels,
+// when present, receives x_C in rows of k.
+struct ChannelAdapterForward {
+  int64_t n, d, k;
+  const int64_t* channels;
+  Rows x, weight, bias, scale;
+  double alpha;
+  bool scale_input;
+  Rows y, x_channels;
+  int threads;
+};
+
+// The gradients of the above, of which the absent ones are not computed. g, dx and x_channels share one dtype.
+struct ChannelAdapterBackward {
+  int64_t n, d, k;
+  const int64_t* channels;
+  Rows g, x_channels, weight, bias, scale;
+  double alpha;
+  bool scale_input;
+  Rows dx, dweight, dbias, dscale;
+  int threads;
+};
+
+enum class Reduction : int { kSqBatch, kSqSample, kAbs };
+
+// Scores [d] of channels from n rows of an activation and of its gradient: (sum a g)^2, the sum over samples of
+// `sample_rows` rows of (sum a g)^2, or sum |a g|. Scores are float32, float64 for float64.
+struct ChannelImportance {
+  int64_t n, d, sample_rows;
+  Rows activation, grad;
+  Reduction reduction;
+  Rows scores;
+  int threads;
+};
+
+// y = (x - mean) rstd * weight + bias over rows of d elements, mean and rstd = 1 / sqrt(variance + eps) those of the row.
+// Statistics, when present, are vectors of float32, float64 for float64; y has x's dtype, the parameters any other.
+struct LayerNormForward {
+  int64_t n, d;
+  Rows x, weight, bias;
+  double eps;
+  Rows y, mean, rstd;
+  int threads;
+};
+
+// The gradients of the above, of which the absent ones are not computed; g and x have one dtype. For dbias alone x and
+// the statistics may be absent.
+struct LayerNormBackward {
+  int64_t n, d;
+  Rows g, x, mean, rstd, weight;
+  Rows dx, dweight, dbias;
+  int threads;
+};
+
+// One tensor of an optimizer's step: a matrix of which everything, some rows or some columns are updated in place.
+// rows x cols is what is updated; the states hold just that, contiguous, in the dtype of the parameter. Strides are in
+// elements. `channels` names the rows or columns; a state or step that the optimizer does not have is null.
+enum class Selection : int { kAll, kRows, kColumns };
+struct ChannelTensor {
+  void* param;
+  const void* grad;
+  void* states[2];
+  float* step;
+  const int64_t* channels;
+  DType dtype;
+  Selection selection;
+  int64_t rows, cols, param_row, param_col, grad_row, grad_col;
+};
+
+struct AdamWOptions {
+  double lr, beta1, beta2, eps, weight_decay;
+  bool maximize;
+};
+struct SGDOptions {
+  double lr, momentum, dampening, weight_decay;
+  bool nesterov, maximize;
+};
+
+// A step over `count` tensors, each with its options. Gradients are divided by *grad_scale where it is given; where
+// *found_inf is given and not zero, nothing happens.
+template <typename Options>
+struct ChannelStep {
+  const ChannelTensor* tensors;
+  const Options* options;
+  int64_t count;
+  const float *grad_scale, *found_inf;
   int threads;
 };
 

@@ -5,6 +5,23 @@ from petl_kernels.integrations import FuseReport, fuse, unfuse
 from petl_kernels.ops._explain import Explanation, explain
 from petl_kernels.ops._select import use_impl
 from petl_kernels.ops.bottleneck_adapter import bottleneck_adapter
+from petl_kernels.ops.channel_adapter import channel_adapter
+from petl_kernels.ops.channel_importance import channel_importance
+from petl_kernels.ops.channel_linear import channel_linear
+from petl_kernels.ops.layer_norm import layer_norm
 
 __version__ = "0.1.0"
-__all__ = ["Explanation", "FuseReport", "bottleneck_adapter", "explain", "fuse", "nn", "unfuse", "use_impl"]
+__all__ = [
+    "Explanation",
+    "FuseReport",
+    "bottleneck_adapter",
+    "channel_adapter",
+    "channel_importance",
+    "channel_linear",
+    "explain",
+    "fuse",
+    "layer_norm",
+    "nn",
+    "unfuse",
+    "use_impl",
+]

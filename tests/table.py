@@ -7,6 +7,8 @@ narrows them to some implementations, for work where the others cannot be.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from petl_kernels import explain
 from petl_kernels.testing import CASES, Case, Inputs, arguments
 
 LOW = (torch.bfloat16, torch.float16)
@@ -48,19 +51,27 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def case_impl(of: Any = impls) -> list[Any]:
-    """Parameters (case, impl)."""
+def case_impl(of: Any = impls, differentiable: bool = False) -> list[Any]:
+    """Parameters (case, impl), of the differentiable ops only if so wanted."""
     return [
-        pytest.param(case, impl, id=f"{case.name}-{impl}", marks=marks(impl)) for case in CASES for impl in of(case)
+        pytest.param(case, impl, id=f"{case.name}-{impl}", marks=marks(impl))
+        for case in CASES
+        if case.differentiable or not differentiable
+        for impl in of(case)
     ]
 
 
-def table() -> list[Any]:
-    """Parameters (case, sample, impl, dtype)."""
+# Compiled, a dtype is a matter of tracing: which kernels it reaches, eager calls have shown.
+COMPILED = {"reference": (torch.float32,)}
+
+
+def table(compiled: bool = False) -> list[Any]:
+    """Parameters (case, sample, impl, dtype): every dtype in eager, float32 and bfloat16 compiled."""
     parameters = []
     for case in CASES:
         for impl in impls(case):
-            for sample, dtype in product(case.samples, DTYPES[impl]):
+            dtypes = COMPILED.get(impl, (torch.float32, torch.bfloat16)) if compiled else DTYPES[impl]
+            for sample, dtype in product(case.samples, dtypes):
                 name = f"{case.name}-{sample['id']}-{impl}-{short(dtype)}"
                 parameters.append(pytest.param(case, sample, impl, dtype, id=name, marks=marks(impl)))
     return parameters
@@ -73,12 +84,22 @@ def inputs(case: Case, impl: str, dtype: torch.dtype = torch.float32, /, seed: i
 
 
 def tensors(inputs: Inputs) -> dict[str, Tensor]:
-    """The distinct tensors among the arguments, under their first name."""
+    """The distinct tensors that train among the arguments, under their first name."""
     found: dict[int, tuple[str, Tensor]] = {}
     for name, value in arguments(inputs).items():
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and value.requires_grad:
             found.setdefault(id(value), (name, value))
     return dict(found.values())
+
+
+def frozen(inputs: Inputs) -> Inputs:
+    """The same arguments, none of which trains."""
+    memo: dict[int, Tensor] = {}
+
+    def freeze(value: Any) -> Any:
+        return memo.setdefault(id(value), value.detach()) if isinstance(value, Tensor) else value
+
+    return {name: freeze(value) for name, value in arguments(inputs).items()}
 
 
 def replaced(inputs: Inputs, name: str, value: Any) -> Inputs:
@@ -99,3 +120,23 @@ class Recorder(TorchDispatchMode):
         if func.namespace == "petl_kernels":
             self.calls.append((func, args, result))
         return result
+
+
+class _Nothing(TorchDispatchMode):
+    """Fails on the first tensor operation; where an op takes channels, on the first but a look at int64 values."""
+
+    def __init__(self, channels: bool) -> None:
+        super().__init__()
+        self._channels = channels
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._channels and args and isinstance(args[0], Tensor) and args[0].dtype == torch.int64:
+            return func(*args, **(kwargs or {}))
+        raise AssertionError(f"{func} ran before the arguments were checked")
+
+
+def check_refused(fn: Callable[..., Any], call: Inputs, error: type[Exception], message: str) -> None:
+    """The op, and `explain` of it, raise an error in the op's name before anything is computed or written."""
+    for refuse in (fn, partial(explain, fn)):
+        with _Nothing("channels" in call), pytest.raises(error, match=f"^{fn.__name__}: .*{message}"):
+            refuse(**call)

@@ -96,7 +96,7 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch, tmp_path):
         (["--dtype", "int8"], "--dtype must be some of"),
         (["--impl", "fast"], "--impl must be some of"),
         (["--isa", "mmx"], "--isa must be one of"),
-        (["--op", "softmax"], "--op must be one of"),
+        (["--op", "softmax"], "--op must be some of"),
     ],
 )
 def test_bad_options(args, message, monkeypatch):

@@ -1,4 +1,4 @@
-"""What Triton's interpreter lacks for these tests: right bf16 arithmetic, and counters of launches and bytes.
+"""What tests of Triton kernels without a GPU need: right bf16 arithmetic, counters of launches and bytes, far rows.
 
 Triton 3.7 keeps bf16 as raw uint16 in numpy: `tl.dot` multiplies those bits, and a cast from float32 truncates. Both
 are mended here and not in the kernels, which are right on a GPU.
@@ -6,16 +6,26 @@ are mended here and not in the kernels, which are right on a GPU.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import triton.language as tl
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime import interpreter
+
+from petl_kernels.ops._op import Op
+from petl_kernels.profiling import _Counting
+
+interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="counts inside the interpreter")
 
 _Builder = interpreter.InterpreterBuilder
 _Handle = interpreter.TensorHandle
@@ -64,19 +74,32 @@ def install() -> None:
     _Builder.mended = True
 
 
+class _Launches(_Counting):
+    """Counts inside the operators of this package too: what torch launches around a kernel is not hidden in them."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace != "petl_kernels":
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        directions = (d for op in Op.registry.values() for d in op.directions.values())
+        run = next(d._run for d in directions if d.overload is func)
+        with self:
+            return run(*args)
+
+
 @contextmanager
 def count_launches() -> Iterator[Counter[str]]:
-    """Count kernel launches inside the block, by kernel name."""
-    launches: Counter[str] = Counter()
-    call = interpreter.GridExecutor.__call__
+    """Count what a GPU would launch inside the block: kernels by their name, torch's operators as "aten::mm"."""
+    mode, call = _Launches(), interpreter.GridExecutor.__call__
 
     def counting(self, *args, **kwargs):
-        launches[self.fn.__name__] += 1
-        return call(self, *args, **kwargs)
+        mode.counts[self.fn.__name__] += 1
+        with _disable_current_modes():  # the interpreter's own operators
+            return call(self, *args, **kwargs)
 
     interpreter.GridExecutor.__call__ = counting
     try:
-        yield launches
+        with mode:
+            yield mode.counts
     finally:
         interpreter.GridExecutor.__call__ = call
 
@@ -122,3 +145,30 @@ def count_bytes() -> Iterator[Traffic]:
         yield traffic
     finally:
         _Builder.create_masked_load, _Builder.create_masked_store = load, store
+
+
+def recorded_targets(monkeypatch: pytest.MonkeyPatch, implementation: ModuleType) -> list[Tensor]:
+    """A list to which `implementation` adds where its kernel writes gradients or, of several groups, partial sums."""
+    recorded: list[Tensor] = []
+    targets = implementation._targets
+
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        found = targets(*args, **kwargs)
+        recorded.extend(t for t in found[0] if t is not None)
+        return found
+
+    monkeypatch.setattr(implementation, "_targets", recording)
+    return recorded
+
+
+def far_apart(rows: Tensor) -> Tensor:
+    """The same matrix with its rows more than 2^31 elements apart, without a gradient."""
+    n, d = rows.shape
+    stride = 2**31 + 64
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False  # the storage is address space, hardly memory
+    try:
+        storage = rows.new_empty((n - 1) * stride + d)
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+    return storage.as_strided((n, d), (stride, 1)).copy_(rows.detach())

@@ -3,38 +3,11 @@
 #include <omp.h>
 
 #include "activation.h"
-#include "matrix.h"
+#include "blocks.h"
 #include "pages.h"
 
 namespace petl::PETL_ISA {
 namespace {
-
-constexpr int64_t kDepthBlock = 256;  // of k, so that a panel (256 x kTileCols) stays in L1
-
-// Rows that a thread takes through all phases at once: tiles of 256 KB of x and of g leave room in a 1 MB L2 for the
-// weights. Fewer than 48 rows would spend the time on reading and writing the weight gradients (12 rows: 14 % slower at
-// d = 4096, AVX2), more than 96 gain nothing.
-int64_t block_rows(int64_t d) {
-  const int64_t rows = (int64_t{256} << 10) / (d * static_cast<int64_t>(sizeof(float)));
-  return round_up(rows < 48 ? 48 : rows > 96 ? 96 : rows, kTileRows);
-}
-
-int useful_threads(int threads, int64_t n, int64_t multiply_adds) {
-  // A team costs about 2 us, 2^18 multiply-adds 4 us of one core: a thread for less than that does not pay.
-  const int64_t by_work = multiply_adds >> 18, by_rows = (n + kTileRows - 1) / kTileRows;
-  const int64_t most = by_work < by_rows ? by_work : by_rows;
-  return static_cast<int>(most < 1 ? 1 : most < threads ? most : threads);
-}
-
-// out = a panels (+ add) (+ bias), with k cut into kDepthBlock pieces accumulated in `out`.
-template <typename C>
-void deep_product(int64_t m, int64_t n, int64_t k, Operand<C> a, const C* panels, C* out, int64_t ldo, const C* bias) {
-  for (int64_t k0 = 0; k0 < k; k0 += kDepthBlock) {
-    const int64_t depth = k - k0 < kDepthBlock ? k - k0 : kDepthBlock;
-    gemm<C, C>({m, n, depth, a.data + k0, a.ld, panels + k0 * kTileCols<C>, kTileCols<C>, k * kTileCols<C>, out, ldo,
-                k0 ? out : nullptr, ldo, k0 ? nullptr : bias});
-  }
-}
 
 template <typename C, Activation kActivation>
 void activate_rows(C* z, int64_t rows, int64_t ld, int64_t r) {
@@ -204,16 +177,6 @@ void backward_block(const BottleneckBackward& b, const BackwardPlan<C>& plan, in
     X* dx = static_cast<X*>(b.dx.data) + row * b.dx.stride;
     const X* add = b.add_g ? static_cast<const X*>(b.g.data) + row * b.g.stride : nullptr;
     gemm<C, X>({rows, b.d_in, b.r, dz, ldz, w_down, kCols, b.r * kCols, dx, b.dx.stride, add, b.g.stride, nullptr});
-  }
-}
-
-// Adds the threads' partial sums in their order and stores `count` of them: sums[i] = sum_t partials[t][i].
-template <typename C>
-void sum_partials(const C* partials, int64_t distance, int threads, int64_t count, C* sums) {
-  for (int64_t i = 0; i < count; ++i) {
-    C sum = partials[i];
-    for (int t = 1; t < threads; ++t) sum += partials[t * distance + i];
-    sums[i] = sum;
   }
 }
 

@@ -13,6 +13,7 @@ namespace petl {
 PETL_DECLARE(sse2)
 PETL_DECLARE(avx2)
 PETL_DECLARE(avx512)
+PETL_DECLARE(avx512bf16)
 #elif defined(PETL_ARM64)
 PETL_DECLARE(neon)
 #else
@@ -33,7 +34,11 @@ std::vector<Candidate> candidates() {
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return {{&sse2::kernels, true}, {&avx2::kernels, has_avx2}, {&avx512::kernels, has_avx512}};
+  const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+  return {{&sse2::kernels, true},
+          {&avx2::kernels, has_avx2},
+          {&avx512::kernels, has_avx512},
+          {&avx512bf16::kernels, has_bf16}};
 #elif defined(PETL_ARM64)
   return {{&neon::kernels, true}};
 #else

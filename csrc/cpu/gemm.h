@@ -9,13 +9,32 @@
 
 namespace petl::PETL_ISA {
 
-// One product [m, n] = [m, k] [k, n]. C is the type computed in, T that of `out` and `add`.
-template <typename C, typename T>
+template <typename C>
+PETL_INLINE void multiply_add(Vec<C>& acc, Vec<C> b, C a) {
+  acc += b * a;
+}
+
+#if defined(__AVX512BF16__)
+// Two bf16 of successive k in one operand: with twice the multiply-adds per instruction.
+struct Pair {
+  uint32_t bits;
+};
+template <>
+struct VectorOf<Pair, kVectorBytes> {
+  using type = Bits;
+};
+PETL_INLINE void multiply_add(Vec<float>& acc, Bits b, Pair a) {
+  acc = _mm512_dpbf16_ps(acc, bit_cast<__m512bh>(b), bit_cast<__m512bh>(Bits{} + a.bits));
+}
+#endif
+
+// One product [m, n] = [m, k] [k, n]. C is the type computed in, T that of `out` and `add`, P that of the operands.
+template <typename C, typename T, typename P = C>
 struct Product {
   int64_t m, n, k;
-  const C* a;
+  const P* a;
   int64_t lda;
-  const C* b;
+  const P* b;
   int64_t ldb;           // from one k to the next
   int64_t panel_stride;  // from one panel of kTileCols columns to the next
   T* out;
@@ -25,14 +44,14 @@ struct Product {
   const C* bias;  // [n rounded up to kTileCols] or null
 };
 
-template <typename C, int kRows, int kVecs, bool kTransposedA>
-PETL_INLINE void multiply(Vec<C> (&acc)[kRows][kVecs], int64_t k, const C* a, int64_t lda, const C* b, int64_t ldb) {
+template <typename C, typename P, int kRows, int kVecs, bool kTransposedA>
+PETL_INLINE void multiply(Vec<C> (&acc)[kRows][kVecs], int64_t k, const P* a, int64_t lda, const P* b, int64_t ldb) {
   for (int64_t kk = 0; kk < k; ++kk) {
-    Vec<C> bv[kVecs];
-    for (int j = 0; j < kVecs; ++j) bv[j] = load_raw<Vec<C>>(b + j * kLanes<C>);
+    Vec<P> bv[kVecs];
+    for (int j = 0; j < kVecs; ++j) bv[j] = load_raw<Vec<P>>(b + j * kLanes<C>);
     for (int i = 0; i < kRows; ++i) {
-      const C ai = kTransposedA ? a[i] : a[i * lda];
-      for (int j = 0; j < kVecs; ++j) acc[i][j] += bv[j] * ai;
+      const P ai = kTransposedA ? a[i] : a[i * lda];
+      for (int j = 0; j < kVecs; ++j) multiply_add(acc[i][j], bv[j], ai);
     }
     a += kTransposedA ? lda : 1;
     b += ldb;
@@ -70,10 +89,10 @@ void store_edge(const Vec<C> (&acc)[kRows][kVecs], const Vec<C> (&bias)[kVecs], 
   }
 }
 
-template <typename C, typename T, int kRows, int kVecs, bool kTransposedA>
-void tile(const Product<C, T>& p, int64_t row, int64_t col, const C* b) {
+template <typename C, typename T, typename P, int kRows, int kVecs, bool kTransposedA>
+void tile(const Product<C, T, P>& p, int64_t row, int64_t col, const P* b) {
   Vec<C> acc[kRows][kVecs] = {};
-  multiply<C, kRows, kVecs, kTransposedA>(acc, p.k, p.a + (kTransposedA ? row : row * p.lda), p.lda, b, p.ldb);
+  multiply<C, P, kRows, kVecs, kTransposedA>(acc, p.k, p.a + (kTransposedA ? row : row * p.lda), p.lda, b, p.ldb);
   Vec<C> bias[kVecs] = {};
   for (int j = 0; j < kVecs && p.bias; ++j) bias[j] = load_raw<Vec<C>>(p.bias + col + j * kLanes<C>);
   T* out = p.out + row * p.ldo + col;
@@ -87,24 +106,24 @@ void tile(const Product<C, T>& p, int64_t row, int64_t col, const C* b) {
   }
 }
 
-template <typename C, typename T, int kVecs, bool kTransposedA, int kRows = kTileRows>
-PETL_INLINE void tile_of(int64_t rows, const Product<C, T>& p, int64_t row, int64_t col, const C* b) {
-  if (rows == kRows) return tile<C, T, kRows, kVecs, kTransposedA>(p, row, col, b);
-  if constexpr (kRows > 1) tile_of<C, T, kVecs, kTransposedA, kRows - 1>(rows, p, row, col, b);
+template <typename C, typename T, typename P, int kVecs, bool kTransposedA, int kRows = kTileRows>
+PETL_INLINE void tile_of(int64_t rows, const Product<C, T, P>& p, int64_t row, int64_t col, const P* b) {
+  if (rows == kRows) return tile<C, T, P, kRows, kVecs, kTransposedA>(p, row, col, b);
+  if constexpr (kRows > 1) tile_of<C, T, P, kVecs, kTransposedA, kRows - 1>(rows, p, row, col, b);
 }
 
 // kTransposedA: `a` holds A^T, [k, m] with row stride lda.
-template <typename C, typename T, bool kTransposedA = false>
-void gemm(const Product<C, T>& p) {
+template <typename C, typename T, bool kTransposedA = false, typename P = C>
+void gemm(const Product<C, T, P>& p) {
   const int64_t tiles = (p.m + kTileRows - 1) / kTileRows;
-  const C* b = p.b;
+  const P* b = p.b;
   for (int64_t col = 0; col < p.n; col += kTileCols<C>, b += p.panel_stride) {
     for (int64_t t = 0; t < tiles; ++t) {  // tiles of nearly equal height: 48 rows are 4 x 12, not 3 x 14 + 6
       const int64_t row = p.m * t / tiles, rows = p.m * (t + 1) / tiles - row;
       if (p.n - col > kLanes<C>) {
-        tile_of<C, T, 2, kTransposedA>(rows, p, row, col, b);
+        tile_of<C, T, P, 2, kTransposedA>(rows, p, row, col, b);
       } else {
-        tile_of<C, T, 1, kTransposedA>(rows, p, row, col, b);
+        tile_of<C, T, P, 1, kTransposedA>(rows, p, row, col, b);
       }
     }
   }

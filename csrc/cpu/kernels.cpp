@@ -6,10 +6,11 @@
 
 namespace petl::PETL_ISA {
 
-void bottleneck_forward(const BottleneckForward& call);
-void bottleneck_backward(const BottleneckBackward& call);
+#define PETL_DECLARE(name, Call) void name(const Call& call);
+PETL_KERNELS(PETL_DECLARE)
 
+#define PETL_ENTRY(name, Call) name,
 extern const Kernels kernels;
-const Kernels kernels = {PETL_STRING(PETL_ISA), bottleneck_forward, bottleneck_backward};
+const Kernels kernels = {PETL_STRING(PETL_ISA), PETL_KERNELS(PETL_ENTRY)};
 
 }  // namespace petl::PETL_ISA

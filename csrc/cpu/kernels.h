@@ -6,12 +6,26 @@
 
 #include "../petl.h"
 
+// Every kernel and the struct that it takes (petl.h).
+#define PETL_KERNELS(_) \
+  _(bottleneck_forward, BottleneckForward) \
+  _(bottleneck_backward, BottleneckBackward) \
+  _(channel_adamw, ChannelStep<AdamWOptions>) \
+  _(channel_adapter_forward, ChannelAdapterForward) \
+  _(channel_adapter_backward, ChannelAdapterBackward) \
+  _(channel_gradient, ChannelGradient) \
+  _(channel_importance, ChannelImportance) \
+  _(channel_sgd, ChannelStep<SGDOptions>) \
+  _(layer_norm_forward, LayerNormForward) \
+  _(layer_norm_backward, LayerNormBackward)
+
 namespace petl {
 
 struct Kernels {
   const char* isa;
-  void (*bottleneck_forward)(const BottleneckForward&);
-  void (*bottleneck_backward)(const BottleneckBackward&);
+#define PETL_POINTER(name, Call) void (*name)(const Call&);
+  PETL_KERNELS(PETL_POINTER)
+#undef PETL_POINTER
 };
 
 // Those of the active instruction set: the widest that was built and that this processor has, or what `set_isa` chose.

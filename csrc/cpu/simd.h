@@ -3,6 +3,7 @@
 // code lives in that namespace so that the linker never merges an AVX-512 body into the baseline.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -41,6 +42,21 @@ constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
 template <typename T>
 constexpr int kTileCols = 2 * kLanes<T>;
 
+PETL_INLINE Vec<float> square_root(Vec<float> x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec<float>>(_mm512_sqrt_ps(reinterpret_cast<__m512>(x)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Vec<float>>(_mm256_sqrt_ps(reinterpret_cast<__m256>(x)));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) x[i] = std::sqrt(x[i]);
+  return x;
+#endif
+}
+PETL_INLINE Vec<double> square_root(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::sqrt(x[i]);
+  return x;
+}
+
 // Storage types: 16-bit patterns that we widen before computing.
 struct bf16 {
   uint16_t bits;
@@ -70,6 +86,25 @@ PETL_INLINE To bit_cast(From from) {
   To to;
   std::memcpy(&to, &from, sizeof(To));
   return to;
+}
+
+// Zero extension and truncation, spelled out where GCC 12 takes __builtin_convertvector apart: with it a pass over two
+// bf16 operands in the L3 cache ran at 70 instead of 99 GB/s (AVX2; 108 instead of 117 with AVX-512).
+PETL_INLINE Bits widen_bits(Half half) {
+#if defined(__AVX512F__)
+  return bit_cast<Bits>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(half)));
+#elif defined(__AVX2__)
+  return bit_cast<Bits>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(half)));
+#else
+  return __builtin_convertvector(half, Bits);
+#endif
+}
+PETL_INLINE Half narrow_bits(Bits bits) {
+#if defined(__AVX512F__)
+  return bit_cast<Half>(_mm512_cvtepi32_epi16(bit_cast<__m512i>(bits)));
+#else
+  return __builtin_convertvector(bits, Half);
+#endif
 }
 
 PETL_INLINE Vec<float> widen_f16(Half half) {
@@ -109,7 +144,7 @@ PETL_INLINE Half narrow_bf16(Vec<float> value) {
   const Bits bits = bit_cast<Bits>(value);
   const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const Bits nan = (bits >> 16) | 0x40u;  // rounding could carry a NaN into infinity
-  return __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded, Half);
+  return narrow_bits((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
 }
 
 // Loads kLanes<C> elements of storage type T as C. The scalar forms below them serve the ragged edges.
@@ -124,7 +159,7 @@ struct Storage<C, C> {
 template <>
 struct Storage<float, bf16> {
   static PETL_INLINE Vec<float> load(const bf16* p) {
-    return bit_cast<Vec<float>>(__builtin_convertvector(load_raw<Half>(p), Bits) << 16);
+    return bit_cast<Vec<float>>(widen_bits(load_raw<Half>(p)) << 16);
   }
   static PETL_INLINE void store(bf16* p, Vec<float> v) {
     const Half h = narrow_bf16(v);

@@ -33,7 +33,7 @@ def explain(fn: Callable[..., Any], *args: Any, impl: str | None = None, **kwarg
         TypeError: `fn` is not an op of this package.
         ValueError, TypeError, RuntimeError: whatever the call itself would raise before computing.
     """
-    op = Op.registry.get(getattr(fn, "__name__", ""))
+    op = Op.registry.get(getattr(fn, "__name__", "").removesuffix("_"))  # of a function that works in place
     if op is None:
         raise TypeError(f"explain: fn must be one of the ops {sorted(Op.registry)}, got {fn!r}")
     call = op.prepare(*args, **kwargs)

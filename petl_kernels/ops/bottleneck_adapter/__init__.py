@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from petl_kernels.ops._gradients import new_gradients
 from petl_kernels.ops._op import REFERENCE, Op
 from petl_kernels.ops._refuse import differentiable_once
+from petl_kernels.ops._validate import autocast
 from petl_kernels.ops.bottleneck_adapter.reference import bottleneck_adapter as reference
 from petl_kernels.ops.bottleneck_adapter.validation import validate
 
@@ -24,8 +26,7 @@ def _fake_forward(x, w_down, b_down, w_up, b_up, residual, scale, alpha, activat
 
 def _fake_backward(g, x, z, w_down, b_down, w_up, b_up, scale, alpha, activation, add_g, needs):
     dx = z.new_empty((*g.shape[:-1], w_down.shape[1]) if needs[0] else (0,))
-    parameters = zip((w_down, b_down, w_up, b_up, scale), needs[1:])
-    return dx, *(p.new_empty(p.shape) if need else z.new_empty((0,)) for p, need in parameters)
+    return dx, *new_gradients((w_down, b_down, w_up, b_up, scale), needs[1:], z)
 
 
 # bfloat16 instructions that torch's matmul uses and our kernels do not.
@@ -109,12 +110,8 @@ def _prepare(
 ) -> tuple[Any, ...]:
     """The call that the implementations see: validated, and under autocast with x in the autocast dtype."""
     validate(x, w_down, b_down, w_up, b_up, residual, scale, activation)
-    device = x.device.type
-    # The meta device has no autocast, and asking whether it is on is an error.
-    if x.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
-        # As F.linear does under autocast. A residual stays as it is and promotes the sum, as eager's addition does.
-        x = x.to(torch.get_autocast_dtype(device))
-    return x, w_down, b_down, w_up, b_up, residual, scale, activation
+    # A residual stays as it is under autocast and promotes the sum, as eager's addition does.
+    return autocast(x), w_down, b_down, w_up, b_up, residual, scale, activation
 
 
 OP.prepare = _prepare

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from petl_kernels.ops._native import _cpu, empty, empty_like, nothing, row_major, rows
+from petl_kernels.ops._native import _cpu, empty, empty_like, new_gradients, nothing, row_major, rows
 
 _ACTIVATIONS = {
     name: code
@@ -75,8 +75,7 @@ def backward(
     """One pass over g and x: the gradients that `needs` names, the others empty; schema in the op's `__init__`."""
     d_in, (d_out, r) = w_down.shape[1], w_up.shape
     dx = empty((*g.shape[:-1], d_in), z.dtype) if needs[0] else nothing(z.dtype)
-    parameters = (w_down, b_down, w_up, b_up, scale)
-    grads = [empty_like(p) if need and p is not None else nothing(z.dtype) for p, need in zip(parameters, needs[1:])]
+    grads = new_gradients((w_down, b_down, w_up, b_up, scale), needs[1:], z.dtype)
     if g.numel() == 0:
         return dx, *(grad.zero_() for grad in grads)
     inputs = [row_major(t) for t in (g, x, z, w_down, w_up, b_up, scale)]

@@ -14,6 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from petl_kernels.ops._triton_kernels import sum_all, sum_groups
+
 
 @triton.jit
 def _load(ptr, rows, stride_row, n_rows, cols, stride_col, n_cols):
@@ -338,16 +340,6 @@ def _bottleneck_adapter_bwd_slab_kernel(
 
 
 @triton.jit
-def _sum_groups(part_ptr, out_ptr, groups, SIZE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr):
-    """out[i] = the sum over p of part[p, i], always in the same order."""
-    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, groups, BLOCK_P):
-        total += tl.sum(_load(part_ptr, start + tl.arange(0, BLOCK_P), SIZE, groups, offsets, 1, SIZE), 0)
-    tl.store(out_ptr + offsets, total, mask=offsets < SIZE)
-
-
-@triton.jit
 def _bottleneck_adapter_bwd_sum_kernel(
     part_w_down_ptr,
     part_b_down_ptr,
@@ -372,21 +364,18 @@ def _bottleneck_adapter_bwd_sum_kernel(
 
     The scale has one share per group and chunk of ranks.
     """
+    block = tl.program_id(0)
     which = tl.program_id(1)
     if part_w_down_ptr is not None and which == 0:
-        _sum_groups(part_w_down_ptr, dw_down_ptr, groups, R * D_IN, BLOCK_P, BLOCK)
+        sum_groups(part_w_down_ptr, dw_down_ptr, groups, R * D_IN, block, BLOCK_P, BLOCK)
     if part_w_up_ptr is not None and which == 1:
-        _sum_groups(part_w_up_ptr, dw_up_ptr, groups, D_OUT * R, BLOCK_P, BLOCK)
+        sum_groups(part_w_up_ptr, dw_up_ptr, groups, D_OUT * R, block, BLOCK_P, BLOCK)
     if part_b_down_ptr is not None and which == 2:
-        _sum_groups(part_b_down_ptr, db_down_ptr, groups, R, BLOCK_P, BLOCK)
+        sum_groups(part_b_down_ptr, db_down_ptr, groups, R, block, BLOCK_P, BLOCK)
     if part_b_up_ptr is not None and which == 3:
-        _sum_groups(part_b_up_ptr, db_up_ptr, groups, D_OUT, BLOCK_P, BLOCK)
+        sum_groups(part_b_up_ptr, db_up_ptr, groups, D_OUT, block, BLOCK_P, BLOCK)
     if part_scale_ptr is not None and which == 4:
         if CHANNEL_SCALE:
-            _sum_groups(part_scale_ptr, dscale_ptr, scale_shares, D_OUT, BLOCK_P, BLOCK)
-        elif tl.program_id(0) == 0:
-            total = tl.zeros((BLOCK,), tl.float32)
-            for start in range(0, scale_shares * D_OUT, BLOCK):
-                offsets = start + tl.arange(0, BLOCK)
-                total += tl.load(part_scale_ptr + offsets, mask=offsets < scale_shares * D_OUT, other=0.0)
-            tl.store(dscale_ptr, tl.sum(total, 0))
+            sum_groups(part_scale_ptr, dscale_ptr, scale_shares, D_OUT, block, BLOCK_P, BLOCK)
+        elif block == 0:
+            sum_all(part_scale_ptr, dscale_ptr, scale_shares * D_OUT, BLOCK)

@@ -1,18 +1,11 @@
-"""The Triton kernels without a GPU: resources of what is compiled, launches, bytes, determinism, wide strides."""
+"""The Triton kernels of `bottleneck_adapter` without a GPU: launches, bytes, determinism, wide strides."""
 
 from __future__ import annotations
-
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import petl_kernels
 from petl_kernels.testing import CASES, check, run
@@ -20,46 +13,24 @@ from petl_kernels.testing import CASES, check, run
 triton = pytest.importorskip("triton")
 tl = triton.language
 
+from triton_interpreter import (  # noqa: E402
+    count_bytes,
+    count_launches,
+    far_apart,
+    interpreted,
+    narrow,
+    recorded_targets,
+    widen,
+)
+
+from petl_kernels.ops import _triton  # noqa: E402
 from petl_kernels.ops.bottleneck_adapter import triton as implementation  # noqa: E402
 
-HERE = Path(__file__).parent
 CASE = next(case for case in CASES if case.name == "bottleneck_adapter")
-interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="counts inside the interpreter")
-
-# Shared memory of a program, in bytes: sm_80 163 KiB, sm_90 and sm_100 227 KiB, gfx942 64 KiB.
-TARGETS = {("cuda", "80"): 163, ("cuda", "90"): 227, ("cuda", "100"): 227, ("hip", "gfx942"): 64}
-
-
-@pytest.mark.parametrize(("target", "shared_kib"), TARGETS.items(), ids=lambda v: v[1] if isinstance(v, tuple) else "")
-def test_every_launch_setting_compiles_without_spills(target, shared_kib, tmp_path):
-    env = dict(os.environ, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path), OMP_NUM_THREADS="1")
-    command = [sys.executable, str(HERE / "triton_compile.py"), *target]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
-    compiled = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len({kernel["kernel"] for kernel in compiled}) == 4
-    wrong = [k for k in compiled if k["spilled"] > 0 or k["shared"] > shared_kib * 1024 or not k["registers"] > 0]
-    assert not wrong, wrong
 
 
 def inputs(n: int, d: int, r: int, dtype: torch.dtype = torch.bfloat16, **options: object) -> dict:
     return CASE.inputs(dict(n=n, d=d, r=r, **options), dtype)
-
-
-class Kernels(TorchDispatchMode):
-    """Records the PyTorch operators that would launch something on a GPU."""
-
-    FREE = ("aten.empty", "aten.new_empty", "aten.empty_like", "aten.view", "aten.split", "aten.detach", "aten.alias")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.launched: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = str(func)
-        if not name.startswith((*self.FREE, "petl_kernels.")):
-            self.launched.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 @interpreted
@@ -69,21 +40,16 @@ class Kernels(TorchDispatchMode):
     ids=["one-group", "groups", "one-group-channel-scale", "one-group-scalar-scale", "groups-scalar-scale"],
 )
 def test_launches(n, options, launches):
-    from triton_interpreter import count_launches
-
     call = inputs(n, 96, 16, **options)
     kwargs = {k: v for k, v in call.items() if k != "grad_layout"}
     wanted = list({id(v): v for v in kwargs.values() if isinstance(v, Tensor) and v.requires_grad}.values())
-    with Kernels() as kernels:
-        with count_launches() as forward:
-            y = petl_kernels.bottleneck_adapter(**kwargs, impl="triton")
-        assert forward.total() == 1
-    assert kernels.launched == []
+    with count_launches() as forward:
+        y = petl_kernels.bottleneck_adapter(**kwargs, impl="triton")
+    assert forward.total() == 1, forward
     g = torch.ones_like(y)
-    with Kernels() as kernels, count_launches() as backward:
+    with count_launches() as backward:
         torch.autograd.grad(y, wanted, g)
-    assert backward.total() == launches
-    assert kernels.launched == []
+    assert backward.total() == launches, backward
 
 
 @interpreted
@@ -95,19 +61,10 @@ def test_launches(n, options, launches):
 )
 def test_bytes_requested(size, forward, backward, monkeypatch):
     """Passes over N x d, parameters, their gradients and partial sums apart; ideally 2 forward and 3 backward."""
-    from triton_interpreter import count_bytes
-
     call = inputs(*size)
     x, *weights = (call[name].detach() for name in ("x", "w_down", "b_down", "w_up", "b_up"))
     g = torch.randn_like(x)
-    apart, targets = list(weights), implementation._targets
-
-    def recorded_targets(*args, **kwargs):
-        found = targets(*args, **kwargs)
-        apart.extend(t for t in found[0] if t is not None)
-        return found
-
-    monkeypatch.setattr(implementation, "_targets", recorded_targets)
+    targets = recorded_targets(monkeypatch, implementation)
     unit = x.numel() * x.element_size()
     with count_bytes() as traffic:
         y, z = implementation.forward(x, *weights, x, None, 1.0, "gelu", True)
@@ -115,7 +72,7 @@ def test_bytes_requested(size, forward, backward, monkeypatch):
     assert traffic.within(y) == unit and traffic.within(x) >= unit
     with count_bytes() as traffic:
         dx, *grads = implementation.backward(g, x, z, *weights, None, 1.0, "gelu", True, (True,) * 5 + (False,))
-    passes_backward = (traffic.total - traffic.within(*apart, *grads)) / unit
+    passes_backward = (traffic.total - traffic.within(*weights, *targets, *grads)) / unit
     assert traffic.within(dx) == unit and traffic.within(g) >= unit
     print(f"{size}: forward {passes_forward:.3f}, backward {passes_backward:.3f}")
     assert 2 <= passes_forward <= forward and 3 <= passes_backward <= backward
@@ -123,8 +80,6 @@ def test_bytes_requested(size, forward, backward, monkeypatch):
 
 @interpreted
 def test_interpreter_multiplies_bf16():
-    from triton_interpreter import narrow, widen
-
     @triton.jit
     def product(a_ptr, b_ptr, c_ptr, SIZE: tl.constexpr):
         i = tl.arange(0, SIZE)
@@ -147,17 +102,8 @@ def test_interpreter_multiplies_bf16():
 
 @interpreted
 def test_rows_more_than_2_to_the_31_elements_apart():
-    n, d, r = 3, 32, 16
-    stride = 2**31 + 64
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = False  # the storage is address space, hardly memory
-    try:
-        huge = torch.empty((n - 1) * stride + d, dtype=torch.float16)
-    finally:
-        torch.utils.deterministic.fill_uninitialized_memory = fill
-    call = inputs(n, d, r, torch.float16)
-    wide = huge.as_strided((n, d), (stride, 1))
-    wide.copy_(call["x"].detach())
+    call = inputs(3, 32, 16, torch.float16)
+    wide = far_apart(call["x"])
     near = run(petl_kernels.bottleneck_adapter, call, impl="triton")
     wide.requires_grad_()
     far = run(petl_kernels.bottleneck_adapter, {**call, "x": wide, "residual": wide}, impl="triton")
@@ -226,7 +172,7 @@ def test_unsupported_calls_say_why():
 
 
 def test_cpu_tensors_need_the_interpreter(monkeypatch):
-    monkeypatch.setattr(implementation, "_INTERPRETED", False)
+    monkeypatch.setattr(_triton, "INTERPRETED", False)
     x, w = torch.ones(2, 4), torch.ones(3, 4)
     with pytest.raises(RuntimeError, match="on a GPU, got cpu"):
         petl_kernels.bottleneck_adapter(x, w, None, w.T, None, impl="triton")

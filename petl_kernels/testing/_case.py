@@ -1,0 +1,167 @@
+"""What an entry of the table says of an op, and the rule by which an implementation is judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from petl_kernels.ops._op import Op
+
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op: what to call, with which inputs, and what it costs.
+
+    Attributes:
+        name: the op's name.
+        fn: the public function; takes `impl=`.
+        op: its `Op`, which knows the implementations.
+        inputs: `(sample, dtype, parameter_dtype, device, seed) -> keyword arguments of fn`.
+        samples: the calls to test, each a mapping that `inputs` understands; "id" names it.
+        typical: a small call in which every tensor argument is given and all that can train does; "n" counts its rows.
+        variants: options that, over `typical`, make other such calls; mixed dtypes, autocast and gradcheck go through
+            all of them.
+        tiny: sizes that, over `typical`, make a call small enough for numerical gradients.
+        bench: the calls to time; their integers, in order, are the shape on the benchmark's command line.
+        host: a call so small that its time is what Python and the dispatcher cost.
+        cost: `(sample, mode) -> (flops, ideal elements moved)`; mode is "forward", "backward" or "full" (both).
+        baselines: what else is timed beside eager and torch.compile: functions of the same arguments, without `impl`.
+    """
+
+    name: str
+    fn: Callable[..., Tensor]
+    op: Op
+    inputs: Callable[..., Inputs]
+    samples: tuple[Mapping[str, Any], ...]
+    typical: Mapping[str, Any]
+    tiny: Mapping[str, Any]
+    bench: tuple[Mapping[str, Any], ...]
+    host: Mapping[str, Any]
+    cost: Callable[[Mapping[str, Any], str], tuple[int, int]]
+    variants: tuple[Mapping[str, Any], ...] = ()
+    baselines: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether the op has a backward."""
+        return "backward" in self.op.directions
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a call gave: its output and the gradient of each tensor that asked for one."""
+
+    output: Tensor
+    grads: dict[str, Tensor] = field(default_factory=dict)
+
+    def items(self) -> list[tuple[str, Tensor]]:
+        return [("output", self.output), *((f"d{name}", grad) for name, grad in self.grads.items())]
+
+
+def arguments(inputs: Inputs) -> Inputs:
+    """The inputs that are arguments of the op: all but "grad_layout", which shapes the gradient `run` sends back."""
+    return {name: value for name, value in inputs.items() if name != "grad_layout"}
+
+
+def run(fn: Callable[..., Tensor], inputs: Inputs, **options: Any) -> Outcome:
+    """Call `fn` and backpropagate a fixed random gradient to every input tensor that requires one.
+
+    The input "grad_layout" (None, "expanded" or "transposed") shapes that gradient.
+    """
+    kwargs = arguments(inputs)
+    output = fn(**kwargs, **options)
+    wanted = {k: v for k, v in kwargs.items() if isinstance(v, Tensor) and v.requires_grad}
+    if "residual" in wanted and wanted["residual"] is wanted.get("x"):
+        del wanted["residual"]
+    if not wanted:
+        return Outcome(output)
+    grads = torch.autograd.grad(output, list(wanted.values()), _output_grad(output, inputs.get("grad_layout")))
+    return Outcome(output.detach(), dict(zip(wanted, grads)))
+
+
+def _output_grad(output: Tensor, layout: str | None) -> Tensor:
+    generator = torch.Generator().manual_seed(7)
+    shape = list(output.shape)
+    if layout == "expanded":
+        shape = [1] * len(shape)
+    elif layout == "transposed":
+        shape = shape[::-1]
+    grad = torch.randn(shape, generator=generator).bfloat16().to(output.dtype).to(output.device)
+    if layout == "transposed":
+        return grad.permute(*reversed(range(grad.dim())))
+    return grad.expand_as(output)
+
+
+def in_float64(inputs: Inputs) -> Inputs:
+    """The same call with what floats in float64: the rounded inputs of the kernel, exactly. Identity is kept."""
+    memo: dict[int, Tensor] = {}
+
+    def convert(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        if id(value) not in memo:
+            memo[id(value)] = value.detach().double().requires_grad_(value.requires_grad)
+        return memo[id(value)]
+
+    return {name: convert(value) for name, value in inputs.items()}
+
+
+def judge(ours: Outcome, eager: Outcome, exact: Outcome) -> list[str]:
+    """The failures of `ours`: every tensor whose error exceeds twice that of eager PyTorch plus a rounding floor.
+
+    Errors are the largest absolute differences from `exact` (float64, on the rounded inputs); the floor is one unit
+    in the last place of the largest exact element, in the dtype of the result, and 64 in float64, where eager is the
+    oracle itself and only the order of summation differs. A result of zeros cannot pass, because a bound at or above
+    the largest exact element is itself a failure.
+    """
+    failures = []
+    floor = torch.finfo(eager.output.dtype).eps
+    for (name, got), (_, same_dtype), (_, true) in zip(ours.items(), eager.items(), exact.items(), strict=True):
+        if got.shape != true.shape or got.dtype != same_dtype.dtype:
+            failures.append(f"{name}: got {got.dtype}{list(got.shape)}, wanted {same_dtype.dtype}{list(true.shape)}")
+            continue
+        if true.numel() == 0:
+            continue
+        largest = true.abs().max().item()
+        ulps = 64 if got.dtype == torch.float64 else 1
+        bound = 2 * _error(same_dtype, true) + ulps * max(torch.finfo(got.dtype).eps, floor) * largest
+        error = _error(got, true)
+        if not error <= bound:
+            failures.append(f"{name}: error {error:.3g} exceeds {bound:.3g} (largest element {largest:.3g})")
+        elif largest > 0 and bound >= largest:
+            failures.append(f"{name}: vacuous, the bound {bound:.3g} would pass zeros (largest {largest:.3g})")
+    return failures
+
+
+def _error(value: Tensor, true: Tensor) -> float:
+    return (value.double() - true).abs().max().item()
+
+
+def check(case: Case, inputs: Inputs, fn: Callable[..., Tensor] | None = None, **options: Any) -> list[str]:
+    """Run one call of a case through `fn` (the public op by default) and judge it against eager and float64."""
+    ours = run(fn or case.fn, inputs, **options)
+    eager = run(case.fn, inputs, impl="reference")
+    exact = run(case.fn, in_float64(inputs), impl="reference")
+    return judge(ours, eager, exact)
+
+
+def lay_out(x: Tensor, layout: str | None) -> Tensor:
+    """The values of x in another memory layout: strided rows, a transpose, or every row the first one."""
+    if layout is None:
+        return x
+    data = x.detach()
+    if layout == "strided":
+        data = torch.cat([data, data], -1)[..., : x.shape[-1]]
+    elif layout == "transposed":
+        data = data.transpose(0, -1).contiguous().transpose(0, -1)
+    elif layout == "expanded":
+        data = data[:1].expand_as(data)
+    else:
+        raise ValueError(f"layout must be strided, transposed or expanded, got {layout!r}")
+    return data.requires_grad_(x.requires_grad)

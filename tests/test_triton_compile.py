@@ -1,0 +1,42 @@
+"""What every launch setting of every Triton kernel takes when it is compiled for a GPU, without one."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import petl_kernels  # noqa: F401  (registers every op)
+from petl_kernels.ops._op import Op
+
+pytest.importorskip("triton")
+
+HERE = Path(__file__).parent
+
+# Shared memory of a program, in bytes: sm_80 163 KiB, sm_90 and sm_100 227 KiB, gfx942 64 KiB.
+TARGETS = {("cuda", "80"): 163, ("cuda", "90"): 227, ("cuda", "100"): 227, ("hip", "gfx942"): 64}
+
+
+OPS = sorted(path.stem for path in (HERE / "triton_calls").glob("[a-z]*.py"))
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(("target", "shared_kib"), TARGETS.items(), ids=lambda v: v[1] if isinstance(v, tuple) else "")
+def test_every_launch_setting_compiles_without_spills(op, target, shared_kib, tmp_path):
+    env = dict(os.environ, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path), OMP_NUM_THREADS="1")
+    command = [sys.executable, str(HERE / "triton_compile.py"), op, *target]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    compiled = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len({kernel["kernel"] for kernel in compiled}) == importlib.import_module(f"triton_calls.{op}").KERNELS
+    wrong = [k for k in compiled if k["spilled"] > 0 or k["shared"] > shared_kib * 1024 or not k["registers"] > 0]
+    assert not wrong, wrong
+
+
+def test_every_op_with_triton_kernels_is_compiled():
+    assert sorted(name for name, op in Op.registry.items() if "triton" in op.impls) == OPS
