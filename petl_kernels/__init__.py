@@ -1,6 +1,6 @@
 """Compiled kernels that make parameter-efficient transfer learning fast."""
 
-from petl_kernels import nn, optim
+from petl_kernels import nn, optim, two_stage
 from petl_kernels.integrations import FuseReport, fuse, unfuse
 from petl_kernels.ops._explain import Explanation, explain
 from petl_kernels.ops._select import use_impl
@@ -23,6 +23,7 @@ __all__ = [
     "layer_norm",
     "nn",
     "optim",
+    "two_stage",
     "unfuse",
     "use_impl",
 ]
