@@ -1,15 +1,19 @@
-# make demo: fine-tune a real model, eager and fused (STEPS=5 for a smoke run).  make test: everything that must pass.
-# Each makes .venv and installs what it needs.
+# make demo: fine-tune a real model, eager and fused.  make two-stage: six methods on four tasks, and on digits (STEPS=5
+# for a smoke run of either).  make test: everything that must pass.  Each makes .venv and installs what it needs.
 PYTHON ?= python3
 STEPS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint test-cpp test-python bench clean
+.PHONY: demo two-stage test lint test-cpp test-python bench clean
 
 demo: $(READY)
 	$(BIN)/python examples/finetune.py $(if $(STEPS),--steps $(STEPS))
+
+two-stage: $(READY)
+	$(BIN)/python examples/two_stage.py $(if $(STEPS),--steps $(STEPS))
+	$(BIN)/python examples/two_stage.py --vision $(if $(STEPS),--steps $(STEPS))
 
 test: lint test-cpp test-python
 

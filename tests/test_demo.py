@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,32 +11,16 @@ from typer.testing import CliRunner
 
 pytest.importorskip("matplotlib")
 adapters = pytest.importorskip("adapters", exc_type=Exception)
-transformers = pytest.importorskip("transformers", exc_type=Exception)
+pytest.importorskip("transformers", exc_type=Exception)
 
-_PATH = Path(__file__).parent.parent / "examples" / "finetune.py"
-_SPEC = importlib.util.spec_from_file_location("finetune", _PATH)
-finetune = importlib.util.module_from_spec(_SPEC)
-sys.modules["finetune"] = finetune  # dataclasses look their module up
-_SPEC.loader.exec_module(finetune)
+import finetune  # noqa: E402
+import sentiment  # noqa: E402
+import training  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def sentences():
-    return finetune.read_sentences(finetune.DATA)
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    """A random BERT with a word-piece vocabulary of the most frequent letters, saved as transformers does."""
-    folder = tmp_path_factory.mktemp("model")
-    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
-    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
-    torch.manual_seed(0)
-    transformers.BertModel(transformers.BertConfig(vocab_size=len(words), **sizes)).save_pretrained(folder)
-    return folder
+    return sentiment.read_sentences(sentiment.DATA)
 
 
 def test_sentences_are_the_movie_reviews(sentences):
@@ -51,18 +32,18 @@ def test_sentences_are_the_movie_reviews(sentences):
 
 
 def test_split_is_fixed_and_disjoint(sentences):
-    training, held_out = finetune.split(sentences, 1000)
+    training, held_out = sentiment.split(sentences, 1000)
     assert len(held_out) == 1000 and len(training) == len(sentences) - 1000
     assert not {text for text, _ in training} & {text for text, _ in held_out}
-    assert finetune.split(sentences, 1000) == (training, held_out)
+    assert sentiment.split(sentences, 1000) == (training, held_out)
     assert 0.45 < sum(label for _, label in held_out) / 1000 < 0.55
 
 
 def test_batches():
     examples = [(list(range(1, 2 + i % 30)), i % 2) for i in range(200)]
-    batches = list(finetune.training_batches(examples, size=8, steps=30, seed=3))
-    again = list(finetune.training_batches(examples, size=8, steps=30, seed=3))
-    other = list(finetune.training_batches(examples, size=8, steps=30, seed=4))
+    batches = list(sentiment.training_batches(examples, size=8, steps=30, seed=3))
+    again = list(sentiment.training_batches(examples, size=8, steps=30, seed=3))
+    other = list(sentiment.training_batches(examples, size=8, steps=30, seed=4))
     assert len(batches) == 30 and all(len(b["labels"]) == 8 for b in batches)
     assert all(torch.equal(a[k], b[k]) for a, b in zip(batches, again) for k in a)
     assert any(a["input_ids"].shape != b["input_ids"].shape for a, b in zip(batches, other))
@@ -75,33 +56,33 @@ def test_batches():
 
 def test_every_sentence_is_seen_once_per_epoch():
     examples = [([i + 1], 0) for i in range(64)]
-    batches = finetune.training_batches(examples, size=8, steps=8, seed=0)
+    batches = sentiment.training_batches(examples, size=8, steps=8, seed=0)
     assert sorted(int(i) for b in batches for i in b["input_ids"].flatten()) == list(range(1, 65))
 
 
 def test_tokenize_cuts_and_keeps_labels(model_folder):
-    tokenizer, _ = finetune.load(model_folder)
-    examples = finetune.tokenize(tokenizer, [("ab c", 1), ("a " * 200, 0)])
+    tokenizer, _ = sentiment.load(model_folder)
+    examples = sentiment.tokenize(tokenizer, [("ab c", 1), ("a " * 200, 0)])
     assert [label for _, label in examples] == [1, 0]
-    assert len(examples[0][0]) == 5 and len(examples[1][0]) == finetune.MAX_TOKENS
+    assert len(examples[0][0]) == 5 and len(examples[1][0]) == sentiment.MAX_TOKENS
 
 
 def test_only_adapters_and_head_train(model_folder):
-    _, encoder = finetune.load(model_folder)
+    _, encoder = sentiment.load(model_folder)
     model = finetune.with_adapters(encoder, seed=0)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert len(trainable) == 2 * 2 * 4 + 2 and all("adapters.movies" in n or "head" in n for n in trainable)
-    batch = finetune.collate([([2, 5, 6, 3], 1), ([2, 7, 3], 0)])
+    batch = sentiment.collate([([2, 5, 6, 3], 1), ([2, 7, 3], 0)])
     before = copy.deepcopy(model.state_dict())
     losses = finetune.train(model, [batch] * 20, lr=1e-2, seed=0, advance=lambda: None)
     assert losses[-1] < losses[0] / 2
     changed = {n for n, p in model.state_dict().items() if not torch.equal(p, before[n])}
     assert changed == trainable
-    assert finetune.accuracy(model, [([2, 5, 6, 3], 1), ([2, 7, 3], 0)]) == 1.0
+    assert training.accuracy(model, sentiment.evaluation_batches([([2, 5, 6, 3], 1), ([2, 7, 3], 0)])) == 1.0
 
 
 def test_the_whole_program(model_folder, tmp_path, monkeypatch):
-    sentences = finetune.read_sentences(finetune.DATA)
+    sentences = sentiment.read_sentences(sentiment.DATA)
     monkeypatch.setattr(finetune, "HELD_OUT", 100)
     monkeypatch.setattr(finetune, "read_sentences", lambda path: sentences[:300])
     done = CliRunner().invoke(_app(), ["--steps", "2", "--model", str(model_folder), "--out", str(tmp_path)])
