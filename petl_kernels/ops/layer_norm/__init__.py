@@ -27,8 +27,8 @@ def _fake_backward(g, x, mean, rstd, weight, bias, needs):
     return g.new_empty(g.shape if needs[0] else (0,)), *new_gradients((weight, bias), needs[1:], g)
 
 
-# Elements from which on the C++ kernels pay (benchmarks/results). In float32 eager is 4 to 15 % faster up to
-# 4096 x 1024 and 2.7 to 4.6 times slower from 12608 x 768 on; in bfloat16 only its cheaper call is an advantage.
+# Elements from which on the C++ kernels pay (benchmarks/results). In float32 eager is 4 to 19 % faster up to
+# 4096 x 1024 and up to 2.5 times slower from 12608 x 768 on; in bfloat16 only its cheaper call is an advantage.
 _WORTHWHILE = {torch.float32: 1 << 23}
 _WORTHWHILE_ELSE = 1 << 18
 
