@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from petl_kernels.ops._triton_kernels import sum_groups
+
 
 @triton.jit
 def _parameter(ptr, cols, D: tl.constexpr, absent):
@@ -106,18 +108,6 @@ def _layer_norm_bwd_kernel(
 
 
 @triton.jit
-def _sum_groups(part_ptr, out_ptr, groups, D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
-    """out[cols] = the sum over p of part[p, cols], always in the same order."""
-    cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    sums = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
-    for start in range(0, groups, BLOCK_P):
-        parts = start + tl.arange(0, BLOCK_P)
-        mask = (parts[:, None] < groups) & (cols[None, :] < D)
-        sums += tl.load(part_ptr + parts[:, None] * D + cols[None, :], mask=mask, other=0.0)
-    tl.store(out_ptr + cols, tl.sum(sums, 0), mask=cols < D)
-
-
-@triton.jit
 def _layer_norm_bwd_sum_kernel(
     part_weight_ptr,
     part_bias_ptr,
@@ -129,8 +119,9 @@ def _layer_norm_bwd_sum_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Sum the groups' shares; program axis 1 picks the gradient."""
+    block = tl.program_id(0)
     which = tl.program_id(1)
     if part_weight_ptr is not None and which == 0:
-        _sum_groups(part_weight_ptr, dweight_ptr, groups, D, BLOCK_P, BLOCK_D)
+        sum_groups(part_weight_ptr, dweight_ptr, groups, D, block, BLOCK_P, BLOCK_D)
     if part_bias_ptr is not None and which == 1:
-        _sum_groups(part_bias_ptr, dbias_ptr, groups, D, BLOCK_P, BLOCK_D)
+        sum_groups(part_bias_ptr, dbias_ptr, groups, D, block, BLOCK_P, BLOCK_D)
