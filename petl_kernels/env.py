@@ -15,7 +15,7 @@ import torch
 import petl_kernels
 
 VARIABLES = ("PETL_KERNELS_IMPL", "PETL_KERNELS_CPU_ISA", "TRITON_INTERPRET")
-SWAPPABLE = ("adapters",)
+SWAPPABLE = ("adapters", "peft")
 
 
 def report() -> dict[str, Any]:

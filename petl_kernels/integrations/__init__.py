@@ -14,17 +14,19 @@ from petl_kernels.ops.bottleneck_adapter import OP
 __all__ = ["FuseReport", "fuse", "unfuse"]
 
 # Each is a module of this package named after the library, with `survey` and `swap`.
-_LIBRARIES = ("adapters",)
+_LIBRARIES = ("adapters", "peft")
 
 
 def fuse(model: nn.Module, *, impl: str | None = None, strict: bool = False) -> FuseReport:
     """Let the adapters of `model` run fused, in place: same outputs, gradients, parameter names and state_dict.
 
-    Knows the `adapters` library (its bottleneck adapters, at every place of a model where they can stand). Modules are
-    swapped by class: isinstance, deepcopy, pickle and torch.save keep working, and adapters may be added, deleted,
-    loaded or activated afterwards. Every call checks its own conditions (composition, dropout in training, hooks,
-    dtypes); where they do not hold, the library's own path computes it. An adapter added later runs fused, by the
-    same checks, where another one stood at the time of `fuse`; elsewhere only after another `fuse`.
+    Knows the `adapters` library (its bottleneck adapters, at every place of a model where they can stand) and `peft`
+    (LoRA on linear layers; its other tuner layers are reported with the reason). Modules are swapped by class:
+    isinstance, deepcopy, pickle and torch.save keep working, and adapters may be added, deleted, merged, loaded or
+    activated afterwards. Every call checks its own conditions (one active adapter or, in `adapters`, a composition
+    that allows it, dropout in training, hooks, dtypes); where they do not hold, the library's own path computes it. So
+    it does, with `impl=None`, LoRA's calls that are too small to gain. An adapter added later runs fused, by the same
+    checks, where another one stood at the time of `fuse`; elsewhere only after another `fuse`.
 
     Args:
         model: any module that contains the adapters.
@@ -63,7 +65,8 @@ def fuse(model: nn.Module, *, impl: str | None = None, strict: bool = False) -> 
     for swap in swaps:
         swap(model, impl)
     if not report.fused:
-        found = report.reasons or "  the model contains no bottleneck adapter"
+        nothing = "" if report.skipped else "  the model contains no bottleneck adapter and no tuner layer of peft"
+        found = "\n".join(filter(None, (nothing, report.reasons)))
         warnings.warn(f"petl_kernels.fuse: no module was fused\n{found}", stacklevel=2)
     return report
 

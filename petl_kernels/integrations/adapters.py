@@ -13,7 +13,6 @@ states, which costs more host time than the arithmetic of small models, is left 
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from adapters.methods.modeling import Adapter, ParallelAdapter
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from petl_kernels.integrations._swap import Fused, fused_class, observed, original_class
 from petl_kernels.integrations.report import FuseReport
 from petl_kernels.ops.bottleneck_adapter import bottleneck_adapter
 
@@ -51,17 +51,6 @@ def _activation(f: Any) -> str | None:
     return None if name == "leaky_relu" and f.negative_slope != 0.01 else name
 
 
-def _observed(module: nn.Module) -> bool:
-    """Whether somebody hooked into the module or replaced its forward, and expects to be called."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
 def _obstacle(adapter: Any) -> str | None:
     """Why the library itself has to run this adapter in every call, or None."""
     if type(adapter) is not Adapter and type(adapter) is not ParallelAdapter:
@@ -80,7 +69,7 @@ def _obstacle(adapter: Any) -> str | None:
         return f"the op does not have the activation {activation.f}"
     inner = activation.f if isinstance(activation.f, nn.Module) else activation
     for module in (adapter, parts["adapter_down"], down, activation, inner, up, parts["dropout"]):
-        if _observed(module):
+        if observed(module):
             return f"a hook or a replaced forward on its {type(module).__name__}"
     return None
 
@@ -141,11 +130,8 @@ def _contains_fuse(setup: Any) -> bool:
     return isinstance(setup, Fuse) or (not isinstance(setup, str) and any(_contains_fuse(s) for s in setup or ()))
 
 
-class _FusedSite(BottleneckLayer):
+class _FusedSite(Fused, BottleneckLayer):
     """In front of a site's own class: the same forward with one call of the op where a plain adapter is active."""
-
-    fused_from: type
-    fused_impl: str | None
 
     def bottleneck_layer_forward(self, hidden_states: Tensor, residual_input: Any, layer_norm: Any) -> Tensor:
         adapter = self._lone_adapter(hidden_states, residual_input)
@@ -190,23 +176,6 @@ class _FusedSite(BottleneckLayer):
         y = _core(adapter, state.hidden_states, residual, self.fused_impl)
         return state._replace(hidden_states=y, bottleneck_up=None, last=adapter_setup)
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # The class is made at run time: pickle and deepcopy rebuild it from the class it stands in front of.
-        return (_blank, (self.fused_from,), *super().__reduce_ex__(protocol)[2:])
-
-
-@cache
-def _fused_class(site: type) -> type:
-    return type(f"Fused{site.__name__}", (_FusedSite, site), {"fused_from": site})
-
-
-def _blank(site: type) -> Any:
-    return object.__new__(_fused_class(site))
-
-
-def _original(site: Any) -> type:
-    return getattr(type(site), "fused_from", type(site))
-
 
 def _sites(model: nn.Module) -> list[tuple[str, Any]]:
     return [(name, m) for name, m in model.named_modules() if isinstance(m, BottleneckLayer)]
@@ -219,7 +188,7 @@ def survey(model: nn.Module, report: FuseReport) -> None:
         for name, adapter in getattr(site, "adapters", {}).items():
             seen.add(adapter)
             full_name = ".".join(filter(None, (site_name, "adapters", name)))
-            reason = _site_obstacle(_original(site)) or _obstacle(adapter)
+            reason = _site_obstacle(original_class(site)) or _obstacle(adapter)
             if reason is None:
                 report.fused[full_name] = _describe(adapter) + (", already fused" if _is_fused(site) else "")
             else:
@@ -232,10 +201,10 @@ def survey(model: nn.Module, report: FuseReport) -> None:
 def swap(model: nn.Module, impl: str | None) -> None:
     """Swap the class of every site that holds adapters and whose forward is the library's own."""
     for _, site in _sites(model):
-        original = _original(site)
+        original = original_class(site)
         # An empty site has nothing to gain, and its forward (8 us of host time) would pay 1.5 us for looking.
         if len(getattr(site, "adapters", ())) > 0 and _site_obstacle(original) is None:
-            site.__class__ = _fused_class(original)
+            site.__class__ = fused_class(_FusedSite, original)
             site.fused_impl = impl
 
 
