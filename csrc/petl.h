@@ -94,6 +94,22 @@ struct ChannelImportance {
   int threads;
 };
 
+// y = x * scale over rows of d elements. y has x's dtype, the scale any other; float64 mixes with nothing.
+struct ChannelScaleForward {
+  int64_t n, d;
+  Rows x, scale, y;
+  int threads;
+};
+
+// The gradients of the above, of which the absent ones are not computed; g and x have one dtype. For dx alone x may be
+// absent.
+struct ChannelScaleBackward {
+  int64_t n, d;
+  Rows g, x, scale;
+  Rows dx, dscale;
+  int threads;
+};
+
 // y = (x - mean) rstd * weight + bias over rows of d elements, mean and rstd = 1 / sqrt(variance + eps) those of the row.
 // Statistics, when present, are vectors of float32, float64 for float64; y has x's dtype, the parameters any other.
 struct LayerNormForward {

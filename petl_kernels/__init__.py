@@ -8,6 +8,7 @@ from petl_kernels.ops.bottleneck_adapter import bottleneck_adapter
 from petl_kernels.ops.channel_adapter import channel_adapter
 from petl_kernels.ops.channel_importance import channel_importance
 from petl_kernels.ops.channel_linear import channel_linear
+from petl_kernels.ops.channel_scale import channel_scale
 from petl_kernels.ops.layer_norm import layer_norm
 
 __version__ = "0.1.0"
@@ -18,6 +19,7 @@ __all__ = [
     "channel_adapter",
     "channel_importance",
     "channel_linear",
+    "channel_scale",
     "explain",
     "fuse",
     "layer_norm",

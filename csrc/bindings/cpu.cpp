@@ -87,6 +87,22 @@ void channel_importance(std::tuple<int64_t, int64_t, int64_t> sizes, const Matri
   kernels().channel_importance(call);
 }
 
+void channel_scale_forward(std::tuple<int64_t, int64_t> sizes, const Matrix& x, const Matrix& scale, const Matrix& y,
+                           int threads) {
+  const auto [n, d] = sizes;
+  const ChannelScaleForward call{n, d, rows(x), rows(scale), rows(y), threads};
+  py::gil_scoped_release release;
+  kernels().channel_scale_forward(call);
+}
+
+void channel_scale_backward(std::tuple<int64_t, int64_t> sizes, const Matrix& g, const Matrix& x, const Matrix& scale,
+                            const Matrix& dx, const Matrix& dscale, int threads) {
+  const auto [n, d] = sizes;
+  const ChannelScaleBackward call{n, d, rows(g), rows(x), rows(scale), rows(dx), rows(dscale), threads};
+  py::gil_scoped_release release;
+  kernels().channel_scale_backward(call);
+}
+
 void layer_norm_forward(std::tuple<int64_t, int64_t> sizes, const Matrix& x, const Matrix& weight, const Matrix& bias,
                         double eps, const Matrix& y, const Matrix& mean, const Matrix& rstd, int threads) {
   const auto [n, d] = sizes;
@@ -164,6 +180,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("channel_adapter_forward", &channel_adapter_forward);
   m.def("channel_adapter_backward", &channel_adapter_backward);
   m.def("channel_importance", &channel_importance);
+  m.def("channel_scale_forward", &channel_scale_forward);
+  m.def("channel_scale_backward", &channel_scale_backward);
   m.def("layer_norm_forward", &layer_norm_forward);
   m.def("layer_norm_backward", &layer_norm_backward);
   m.def("channel_adamw", &channel_adamw);

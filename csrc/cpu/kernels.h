@@ -15,6 +15,8 @@
   _(channel_adapter_backward, ChannelAdapterBackward) \
   _(channel_gradient, ChannelGradient) \
   _(channel_importance, ChannelImportance) \
+  _(channel_scale_forward, ChannelScaleForward) \
+  _(channel_scale_backward, ChannelScaleBackward) \
   _(channel_sgd, ChannelStep<SGDOptions>) \
   _(layer_norm_forward, LayerNormForward) \
   _(layer_norm_backward, LayerNormBackward)

@@ -4,7 +4,14 @@ A case names a public op, the calls to test it with and the shapes to time it at
 `benchmarks/run.py` read `CASES` and contain no op's name: adding an op adds its module here and one entry.
 """
 
-from petl_kernels.testing import bottleneck_adapter, channel_adapter, channel_importance, channel_linear, layer_norm
+from petl_kernels.testing import (
+    bottleneck_adapter,
+    channel_adapter,
+    channel_importance,
+    channel_linear,
+    channel_scale,
+    layer_norm,
+)
 from petl_kernels.testing._case import Case, Inputs, Outcome, arguments, check, in_float64, judge, lay_out, run
 
 CASES = [
@@ -12,6 +19,7 @@ CASES = [
     channel_adapter.CASE,
     channel_importance.CASE,
     channel_linear.CASE,
+    channel_scale.CASE,
     layer_norm.CASE,
 ]
 
