@@ -1,8 +1,30 @@
 """Methods of parameter-efficient transfer learning as modules composed of this package's operators."""
 
+from petl_kernels.nn.adapter_plus import AdapterPlus
 from petl_kernels.nn.bottleneck_adapter import BottleneckAdapter
 from petl_kernels.nn.channel_adapter import ChannelAdapter
 from petl_kernels.nn.channel_linear import ChannelLinear
+from petl_kernels.nn.ia3 import IA3Linear
 from petl_kernels.nn.layer_norm import LayerNorm
+from petl_kernels.nn.lora import LoRALinear
+from petl_kernels.nn.mam import MAM
+from petl_kernels.nn.multi_head_parallel import MultiHeadParallelAdapter
+from petl_kernels.nn.parallel import AdaptFormer, LowRankPAL, ParallelAdapter, PfeifferAdapter
+from petl_kernels.nn.prefix import PrefixAdapter
 
-__all__ = ["BottleneckAdapter", "ChannelAdapter", "ChannelLinear", "LayerNorm"]
+__all__ = [
+    "MAM",
+    "AdaptFormer",
+    "AdapterPlus",
+    "BottleneckAdapter",
+    "ChannelAdapter",
+    "ChannelLinear",
+    "IA3Linear",
+    "LayerNorm",
+    "LoRALinear",
+    "LowRankPAL",
+    "MultiHeadParallelAdapter",
+    "ParallelAdapter",
+    "PfeifferAdapter",
+    "PrefixAdapter",
+]

@@ -7,8 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from petl_kernels.nn._check import check_choice, check_probability, check_size
+from petl_kernels.ops._validate import autocast
 from petl_kernels.ops.bottleneck_adapter import OP, bottleneck_adapter
 from petl_kernels.ops.bottleneck_adapter.reference import ACTIVATIONS
 
@@ -51,6 +54,8 @@ class BottleneckAdapter(nn.Module):
             "lora": Kaiming uniform (a = sqrt 5) below and zero above, so that the adapter starts as the identity, as
             He et al. initialise parallel ones.
         bias: whether the projections have biases.
+        dropout: probability of dropping an element of the bottleneck, after the activation. While it is at work (in
+            training) the adapter runs in PyTorch's own operators, because the op has no random numbers.
         impl: passed on to `petl_kernels.bottleneck_adapter`.
         device, dtype: of the parameters; "meta" defers memory until `to_empty` and `reset_parameters`.
 
@@ -73,21 +78,24 @@ class BottleneckAdapter(nn.Module):
         form: str = "sequential",
         init: str = "houlsby",
         bias: bool = True,
+        dropout: float = 0.0,
         impl: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_size("d_model", d_model)
-        _check_size("bottleneck", bottleneck)
-        _check_choice("activation", activation, tuple(ACTIVATIONS))
-        _check_choice("form", form, FORMS)
-        _check_choice("init", init, tuple(INITS))
-        _check_choice("impl", impl, (None, "auto", *OP.impls))
+        check_size("BottleneckAdapter", "d_model", d_model)
+        check_size("BottleneckAdapter", "bottleneck", bottleneck)
+        check_choice("BottleneckAdapter", "activation", activation, tuple(ACTIVATIONS))
+        check_choice("BottleneckAdapter", "form", form, FORMS)
+        check_choice("BottleneckAdapter", "init", init, tuple(INITS))
+        check_choice("BottleneckAdapter", "impl", impl, (None, "auto", *OP.impls))
+        check_probability("BottleneckAdapter", "dropout", dropout)
         if isinstance(scale, (str, bool)) or not isinstance(scale, (int, float)):
-            _check_choice("scale", scale, LEARNED_SCALES, "a float or ")
+            check_choice("BottleneckAdapter", "scale", scale, LEARNED_SCALES, "a float or ")
         self.d_model, self.bottleneck = d_model, bottleneck
         self.activation, self.form, self.init, self.impl = activation, form, init, impl
+        self.dropout = float(dropout)
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -127,6 +135,12 @@ class BottleneckAdapter(nn.Module):
             if residual is not None:
                 raise ValueError("BottleneckAdapter: residual must be None in the sequential form, which adds x itself")
             residual = x
+        return self._adapt(x, residual)
+
+    def _adapt(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """The branch of x added to any residual, or by itself."""
+        if self.training and self.dropout > 0:
+            return self._with_dropout(autocast(x), residual)
         return bottleneck_adapter(
             x,
             self.w_down,
@@ -139,20 +153,20 @@ class BottleneckAdapter(nn.Module):
             impl=self.impl,
         )
 
+    def _with_dropout(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """`_adapt`, an element of the bottleneck being zero with probability `dropout`, the others scaled up."""
+        parameters = (self.w_down, self.b_down, self.w_up, self.b_up, self.scale)
+        cast: list[Any] = [t.to(x.dtype) if isinstance(t, Tensor) else t for t in parameters]
+        w_down, b_down, w_up, b_up, scale = cast
+        hidden = F.dropout(ACTIVATIONS[self.activation](F.linear(x, w_down, b_down)), self.dropout)
+        branch = F.linear(hidden, w_up, b_up) * scale
+        return branch if residual is None else residual + branch
+
     def extra_repr(self) -> str:
         scale: Any = self.scale
         if isinstance(scale, Tensor):
             scale = "learned" if scale.shape == (1,) else "channel"
         text = f"{self.d_model}, {self.bottleneck}, activation={self.activation!r}, scale={scale!r}"
         text += f", form={self.form!r}, init={self.init!r}, bias={self.b_down is not None}"
+        text += f", dropout={self.dropout}" if self.dropout else ""
         return text if self.impl is None else f"{text}, impl={self.impl!r}"
-
-
-def _check_size(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"BottleneckAdapter: {name} must be an integer of at least 1, got {value!r}")
-
-
-def _check_choice(name: str, value: Any, choices: tuple[Any, ...], other: str = "") -> None:
-    if value not in choices:
-        raise ValueError(f"BottleneckAdapter: {name} must be {other}one of {choices}, got {value!r}")

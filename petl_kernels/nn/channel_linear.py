@@ -56,8 +56,8 @@ class ChannelLinear(nn.Module):
         channels = _channels(channels, weight.shape[dim], weight)
         self.dim, self.impl = dim, impl
         self.out_features, self.in_features = weight.shape
-        self.weight = _freeze(weight)
-        self.register_parameter("bias", None if bias is None else _freeze(bias))
+        self.weight = freeze(weight)
+        self.register_parameter("bias", None if bias is None else freeze(bias))
         self.register_buffer("channels", channels)
         self.channel_weight = nn.Parameter(weight.detach().index_select(dim, channels))
         trained = None
@@ -197,7 +197,8 @@ def _channels(channels: Any, size: int, weight: Tensor) -> Tensor:
     return indices.to(weight.device)
 
 
-def _freeze(parameter: nn.Parameter) -> nn.Parameter:
+def freeze(parameter: nn.Parameter) -> nn.Parameter:
+    """The parameter, which no longer trains."""
     # An optimizer that holds the parameter steps it as long as it has a gradient, frozen or not.
     parameter.requires_grad_(False).grad = None
     return parameter
