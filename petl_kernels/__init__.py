@@ -1,7 +1,8 @@
 """Compiled kernels that make parameter-efficient transfer learning fast."""
 
-from petl_kernels import nn, optim, two_stage
+from petl_kernels import methods, nn, optim, two_stage
 from petl_kernels.integrations import FuseReport, fuse, unfuse
+from petl_kernels.methods import attach, detach
 from petl_kernels.ops._explain import Explanation, explain
 from petl_kernels.ops._select import use_impl
 from petl_kernels.ops.bottleneck_adapter import bottleneck_adapter
@@ -15,14 +16,17 @@ __version__ = "0.1.0"
 __all__ = [
     "Explanation",
     "FuseReport",
+    "attach",
     "bottleneck_adapter",
     "channel_adapter",
     "channel_importance",
     "channel_linear",
     "channel_scale",
+    "detach",
     "explain",
     "fuse",
     "layer_norm",
+    "methods",
     "nn",
     "optim",
     "two_stage",

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 import petl_kernels
-from petl_kernels import env
+from petl_kernels import env, nn
 from petl_kernels.cli import app
+from petl_kernels.cli.methods import as_markdown
+from petl_kernels.methods import METHODS
 from petl_kernels.testing import CASES
 
 
@@ -91,3 +94,17 @@ def test_python_dash_m():
     command = [sys.executable, "-m", "petl_kernels", "env", "--json"]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(found.stdout)["versions"]["torch"] == torch.__version__
+
+
+def test_the_methods_of_the_readme_are_the_table():
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    assert as_markdown() in readme, "copy the output of `petl-kernels methods --markdown` into README.md"
+    assert as_markdown() in run("methods", "--markdown")
+
+
+def test_methods():
+    facts = json.loads(run("methods", "--json"))
+    assert list(facts) == list(METHODS) and facts["lora"]["parameters"] == "4*a*d*r"
+    assert facts["houlsby"]["place"] and not facts["prefix"]["place"]
+    for name, method in METHODS.items():
+        assert name in run("methods") and (method.module is None or hasattr(nn, method.module))

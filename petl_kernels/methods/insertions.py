@@ -1,0 +1,136 @@
+"""How a method's module enters a model: behind a module of it, beside a stretch, around a norm, instead of a linear.
+
+A module that is added becomes a child of the one at which it acts, under the name `petl`, and is called from a hook.
+The model's own parameters keep their names. Deepcopy, pickle and activation checkpointing work, because a hook reads
+what it needs from the module that it is called with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+NAME = "petl"
+_INPUT = "petl_input"
+
+
+@dataclass(frozen=True)
+class Insertion:
+    """A module that goes into a model at one place, and out again."""
+
+    at: str
+    module: nn.Module
+
+    def insert(self, model: nn.Module) -> Callable[[], None]:
+        """Put it in; the function that is returned takes it out."""
+        raise NotImplementedError
+
+
+class After(Insertion):
+    """`module(output)` in the place of the output of the module `at`."""
+
+    def insert(self, model: nn.Module) -> Callable[[], None]:
+        return _hook(model, self, _after)
+
+
+class Around(Insertion):
+    """`norm(input + branch)` with `module(output, input)` as that sum, in the place of the output of the norm `at`."""
+
+    def insert(self, model: nn.Module) -> Callable[[], None]:
+        return _hook(model, self, _around)
+
+
+@dataclass(frozen=True)
+class Beside(Insertion):
+    """`module(x, output)` in the place of the output of `at`, where x is the first argument of the module `start`."""
+
+    start: str
+
+    def insert(self, model: nn.Module) -> Callable[[], None]:
+        site, start = _occupy(model, self.at, self.module), model.get_submodule(self.start)
+        taken = _Input()
+        for holder in (site, start):
+            holder.add_module(_INPUT, taken)
+        # Inputs first: where start and site are one module, its hooks run in this order.
+        handles = (start.register_forward_pre_hook(_remember, with_kwargs=True), site.register_forward_hook(_beside))
+
+        def remove() -> None:
+            _leave(site, *handles)
+            for holder in {site, start}:
+                del holder._modules[_INPUT]
+
+        return remove
+
+
+class Instead(Insertion):
+    """`module` in the place of the linear `at`, of which it keeps the Parameters under their names."""
+
+    def insert(self, model: nn.Module) -> Callable[[], None]:
+        linear = model.get_submodule(self.at)
+        model.set_submodule(self.at, self.module.train(linear.training))
+
+        def remove() -> None:
+            if model.get_submodule(self.at) is not self.module:
+                raise RuntimeError(f"detach: {self.at!r} is no longer the module that attach put there")
+            model.set_submodule(self.at, linear.train(self.module.training))
+
+        return remove
+
+
+class _Input(nn.Module):
+    """Carries an input from where it enters to where it is needed; empty between forwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value: Any = None
+
+    def take(self) -> Tensor:
+        value, self.value = self.value, None
+        return value
+
+
+def _occupy(model: nn.Module, name: str, module: nn.Module) -> Any:
+    site = model.get_submodule(name)
+    if NAME in site._modules:
+        raise ValueError(f"attach: {name!r} has a {type(site._modules[NAME]).__name__} already; detach first")
+    site.add_module(NAME, module.train(site.training))
+    return site
+
+
+def _hook(model: nn.Module, insertion: Insertion, hook: Callable[..., Any]) -> Callable[[], None]:
+    site = _occupy(model, insertion.at, insertion.module)
+    handle = site.register_forward_hook(hook)
+    return lambda: _leave(site, handle)
+
+
+def _leave(site: nn.Module, *handles: Any) -> None:
+    for handle in handles:
+        handle.remove()
+    site._modules.pop(NAME, None)
+
+
+def _of_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Attention modules return tuples, of which the first is the sub-layer's output."""
+    if isinstance(output, (tuple, list)):
+        return type(output)([change(output[0]), *output[1:]])
+    return change(output)
+
+
+def _after(site: Any, args: Any, output: Any) -> Any:
+    return _of_first(output, site.petl)
+
+
+def _remember(start: Any, args: Any, kwargs: Any) -> None:
+    start.petl_input.value = args[0] if args else next(iter(kwargs.values()))
+
+
+def _beside(site: Any, args: Any, output: Any) -> Any:
+    x = site.petl_input.take()
+    return _of_first(output, lambda branch: site.petl(x, branch))
+
+
+def _around(site: Any, args: Any, output: Tensor) -> Tensor:
+    return site.forward(site.petl(output, args[0]))  # its forward, which calls no hook again

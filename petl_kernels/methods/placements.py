@@ -1,0 +1,147 @@
+"""Where each method puts its modules in a block: functions `(model, block, **options) -> insertions`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from petl_kernels.methods.blocks import Block
+from petl_kernels.methods.insertions import After, Around, Beside, Insertion, Instead
+from petl_kernels.nn import (
+    AdapterPlus,
+    AdaptFormer,
+    BottleneckAdapter,
+    ChannelAdapter,
+    IA3Linear,
+    LoRALinear,
+    LowRankPAL,
+    ParallelAdapter,
+    PfeifferAdapter,
+)
+
+Insertions = Iterator[Insertion]
+
+
+def houlsby(model: nn.Module, block: Block, *, bottleneck: int = 64, **options: Any) -> Insertions:
+    """Behind every sub-layer, before its residual sum."""
+    for branch in block.branches:
+        adapter = BottleneckAdapter(block.width, bottleneck, **{"activation": "gelu_tanh", **options})
+        yield After(branch, _like(model, block, adapter))
+
+
+def pfeiffer(model: nn.Module, block: Block, *, bottleneck: int = 48, **options: Any) -> Insertions:
+    """At the layer norm behind the feed-forward part, or, in a pre-LN block, behind that part."""
+    if block.norm is not None:
+        yield Around(block.norm, _like(model, block, _Inner(block.width, bottleneck, **options)))
+        return
+    plain = {"activation": "relu", "init": "bert", **options}
+    yield After(block.feed_forward.branch, _like(model, block, BottleneckAdapter(block.width, bottleneck, **plain)))
+
+
+def parallel(model: nn.Module, block: Block, *, bottleneck: int = 512, **options: Any) -> Insertions:
+    """Beside the feed-forward part, from its input."""
+    yield _beside(model, block, block.feed_forward.input, ParallelAdapter(block.width, bottleneck, **options))
+
+
+def adaptformer(model: nn.Module, block: Block, *, bottleneck: int = 64, **options: Any) -> Insertions:
+    """Beside the feed-forward part and its layer norm, from the residual stream."""
+    if block.stream is None:
+        raise ValueError(f"attach: adaptformer reads the stream before a norm, and {block.name!r} is a post-LN block")
+    yield _beside(model, block, block.stream, AdaptFormer(block.width, bottleneck, **options))
+
+
+def adapter_plus(model: nn.Module, block: Block, *, bottleneck: int = 8, **options: Any) -> Insertions:
+    """Behind the whole block, on the residual stream."""
+    yield After(block.name, _like(model, block, AdapterPlus(block.width, bottleneck, **options)))
+
+
+def low_rank_pal(model: nn.Module, block: Block, *, bottleneck: int = 100, **options: Any) -> Insertions:
+    """Beside the whole block, from its input."""
+    yield _beside(model, block, block.name, LowRankPAL(block.width, bottleneck, **options))
+
+
+def lora(
+    model: nn.Module, block: Block, *, rank: int = 8, targets: Sequence[str] = ("query", "value"), **options: Any
+) -> Insertions:
+    """On linears of every attention."""
+    for name in _linears(block, targets, "lora"):
+        yield Instead(name, LoRALinear.from_linear(_linear(model, name), rank, **options))
+
+
+def ia3(model: nn.Module, block: Block, **options: Any) -> Insertions:
+    """On keys and values of every attention, and on what the feed-forward part's last linear reads."""
+    for name in _linears(block, ("key", "value"), "ia3"):
+        yield Instead(name, IA3Linear.from_linear(_linear(model, name), side="output", **options))
+    down = block.feed_forward.down
+    yield Instead(down, IA3Linear.from_linear(_linear(model, down), side="input", **options))
+
+
+def sct(
+    model: nn.Module,
+    block: Block,
+    *,
+    k: int | None = None,
+    channels: Mapping[str, Tensor | Sequence[int]] | None = None,
+    **options: Any,
+) -> Insertions:
+    """On the residual stream behind attention. `channels` maps blocks to their channels, as `two_stage.select` does."""
+    if block.stream is None:
+        raise ValueError(f"attach: sct acts on the stream before a norm, and {block.name!r} is a post-LN block")
+    if channels is None and k is None:
+        raise ValueError("attach: sct needs channels, block name -> indices, or k for the first k of each block")
+    chosen = range(k or 0) if channels is None else channels[block.name]
+    adapter = _OnStream(ChannelAdapter(block.width, chosen, **options))
+    yield Beside(block.attentions[0].branch, _like(model, block, adapter), block.name)
+
+
+def nothing(model: nn.Module, block: Block) -> Insertions:
+    """Of methods that train what is there."""
+    yield from ()
+
+
+class _Inner(PfeifferAdapter):
+    """Pfeiffer's branch alone: `Around` applies the layer norm."""
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
+        return self._adapt(x, residual)
+
+
+class _OnStream(nn.Module):
+    """A module of the residual stream at a place that sees only what is added to it: `adapter(x + branch) - x`.
+
+    Two passes more, and one rounding, than a model that calls the adapter itself.
+    """
+
+    def __init__(self, adapter: nn.Module) -> None:
+        super().__init__()
+        self.adapter = adapter
+
+    def forward(self, x: Tensor, branch: Tensor) -> Tensor:
+        return self.adapter(x + branch) - x
+
+
+def _beside(model: nn.Module, block: Block, start: str, adapter: nn.Module) -> Beside:
+    return Beside(block.feed_forward.branch, _like(model, block, adapter), start)
+
+
+def _like(model: nn.Module, block: Block, module: nn.Module) -> nn.Module:
+    """The module on the device and in the dtype of the block."""
+    weight = model.get_parameter(f"{block.feed_forward.down}.weight")
+    return module.to(device=weight.device, dtype=weight.dtype)
+
+
+def _linear(model: nn.Module, name: str) -> Any:
+    return model.get_submodule(name)
+
+
+def _linears(block: Block, targets: Sequence[str], method: str) -> Iterator[str]:
+    for attention in block.attentions:
+        for target in targets:
+            name = getattr(attention, target, None)
+            if name is None:
+                has = [t for t in ("query", "key", "value", "output", "qkv") if getattr(attention, t)]
+                where = f"the attention in {block.name!r}, which has {has}"
+                raise ValueError(f"attach: {method} wants a linear {target!r} of {where}")
+            yield name
