@@ -191,7 +191,7 @@ def _shira(mask: Any = None) -> Any:
 
 
 _OTHERS = {
-    "ia3": (lambda: peft.IA3Config(target_modules=["query"], feedforward_modules=[]), "an elementwise product, which"),
+    "ia3": (lambda: peft.IA3Config(target_modules=["query"], feedforward_modules=[]), "a product with a vector"),
     "ln": (lambda: peft.LNTuningConfig(target_modules=["LayerNorm"]), "a plain LayerNorm already"),
     "vera": (lambda: peft.VeraConfig(target_modules=["query"], r=4), "a learned vector between its projections"),
     "shira": (_shira, "its indices are elements of the weight, not whole rows"),

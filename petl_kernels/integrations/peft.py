@@ -33,7 +33,7 @@ _LEAST = 2**17
 
 # Why a tuner's layers stay as they are, by its folder in `peft.tuners`.
 _REASONS = {
-    "ia3": "an elementwise product, which torch.compile or eager does in one pass already",
+    "ia3": "a product with a vector, not swapped: petl_kernels.nn.IA3Linear has its fused backward",
     "ln_tuning": "a plain LayerNorm already",
     "lora": "of LoRA's layers only Linear, not quantised and not derived from, is fused",
     "adalora": "a learned diagonal between its projections, which the op does not have",

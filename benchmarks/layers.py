@@ -1,0 +1,206 @@
+"""Time each method's layer beside the library's own module: `python benchmarks/layers.py --csv out.csv`.
+
+Forward and backward of one layer, x needing a gradient as in the middle of a model: the module of `adapters` or `peft`,
+its compilation, the same module after `fuse` where `fuse` knows it, and the layer of `petl_kernels.nn` with the same
+weights. Correctness comes first: where outputs or gradients differ, nothing is timed and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from provenance import provenance
+from report import Measurement, print_group, write_csv
+from rich.console import Console
+from timing import Call, ceilings, interleave
+from torch import Tensor, nn
+
+import petl_kernels
+from petl_kernels.nn import AdapterPlus, BottleneckAdapter, IA3Linear, LoRALinear, ParallelAdapter
+from petl_kernels.profiling import saved_bytes
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One method in two libraries.
+
+    Attributes:
+        name: of the method, with its size.
+        library: what is called with x.
+        ours: likewise.
+        modules: theirs and ours, whose parameters train.
+        flops: of forward and backward together, per token.
+        fused: another one of the library's modules, after `fuse`; None where `fuse` does not know it.
+    """
+
+    name: str
+    library: Callable[[Tensor], Tensor]
+    ours: Callable[[Tensor], Tensor]
+    modules: tuple[nn.Module, nn.Module]
+    flops: int
+    fused: nn.Module | None = None
+
+
+def bottleneck(name: str, d: int, r: int, kind: str, ours: BottleneckAdapter, **config: Any) -> Pair:
+    """An adapter of the `adapters` library and ours, with its weights."""
+    from adapters import BnConfig
+    from adapters.methods.modeling import Adapter, ParallelAdapter
+
+    defaults = dict(mh_adapter=False, output_adapter=True, reduction_factor=d / r, non_linearity="relu")
+    theirs = {"Adapter": Adapter, "ParallelAdapter": ParallelAdapter}[kind](
+        "a", d, r, BnConfig(**{**defaults, **config})
+    )
+    theirs = theirs.to(ours.w_down.dtype)
+    down, up = theirs.adapter_down[0], theirs.adapter_up
+    with torch.no_grad():
+        for mine, own in zip((ours.w_down, ours.b_down, ours.w_up, ours.b_up), (*down.parameters(), *up.parameters())):
+            assert mine is not None
+            own.copy_(mine)
+    if kind == "Adapter":
+        return Pair(name, lambda x: theirs(x, residual_input=x)[0], ours, (theirs, ours), 12 * d * r)
+    # Its caller adds the sub-layer's output, for which x stands here.
+    return Pair(name, lambda x: theirs(x, residual_input=x)[0] + x, lambda x: ours(x, x), (theirs, ours), 12 * d * r)
+
+
+def linear(name: str, d: int, config: Any, ours: nn.Module, weights: Callable[[Any], list[Tensor]]) -> Pair:
+    """A tuned linear of `peft` and ours, over one frozen weight."""
+    from peft import inject_adapter_in_model
+
+    base = nn.Linear(d, d, dtype=ours.weight.dtype)  # type: ignore[arg-type]
+    base.weight, base.bias = ours.weight, ours.bias  # type: ignore[assignment]
+    model: Any = inject_adapter_in_model(config, nn.ModuleDict({"layer": base})).to(base.weight.dtype)
+    theirs = model["layer"]
+    own = [p for p in ours.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for mine, other in zip(own, weights(theirs)):
+            other.copy_(mine.view_as(other))
+    trained = sum(p.numel() for p in own)
+    return Pair(name, theirs, ours, (theirs, ours), 4 * d * d + 6 * trained)
+
+
+def pairs(d: int, dtype: torch.dtype) -> Iterator[Pair]:
+    """Every method that a library has too, in the sizes of its presets at this width."""
+    from peft import IA3Config, LoraConfig
+
+    torch.manual_seed(0)
+    own = dict(init="bert", dtype=dtype)
+    seq = BottleneckAdapter(d, d // 16, activation="silu", **own)  # type: ignore[arg-type]
+    yield bottleneck("houlsby d/16", d, d // 16, "Adapter", seq, non_linearity="swish")
+    wide = ParallelAdapter(d, d // 2, **own)  # type: ignore[arg-type]
+    yield bottleneck("parallel d/2", d, d // 2, "ParallelAdapter", wide, is_parallel=True, scaling=4.0)
+    plus = AdapterPlus(d, d // 96, **own).eval()  # type: ignore[arg-type]
+    options = dict(non_linearity="gelu", scaling="channel")
+    yield bottleneck("adapter+ d/96", d, d // 96, "Adapter", plus, **options)
+    for rank in (8, 64):
+        lora = LoRALinear.from_linear(nn.Linear(d, d, dtype=dtype), rank)
+        nn.init.normal_(lora.w_up, std=0.02)
+        tuner = LoraConfig(r=rank, lora_alpha=rank, target_modules=["layer"])
+        pair, again = (linear(f"lora {rank}", d, tuner, lora, _lora_weights) for _ in range(2))
+        petl_kernels.fuse(nn.ModuleDict({"layer": again.modules[0]}))
+        yield replace(pair, fused=again.modules[0])
+    ia3 = IA3Linear.from_linear(nn.Linear(d, d, dtype=dtype))
+    nn.init.normal_(ia3.scale, 1.0, 0.1)
+    config = IA3Config(target_modules=["layer"], feedforward_modules=[])
+    yield linear("ia3", d, config, ia3, lambda m: [m.ia3_l["default"]])
+
+
+def _lora_weights(layer: Any) -> list[Tensor]:
+    return [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+
+
+def step(call: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor, g: Tensor) -> Call:
+    """Forward and backward to x and to all that trains."""
+    leaves = [x, *(p for p in module.parameters() if p.requires_grad)]
+    return lambda: torch.autograd.grad(call(x), leaves, g)
+
+
+def difference(pair: Pair, x: Tensor, g: Tensor) -> float:
+    """The largest difference of the outputs and of dx, relative to the largest element."""
+    both = []
+    for call, module in ((pair.library, pair.modules[0]), (pair.ours, pair.modules[1])):
+        y = call(x)
+        both.append((y.detach(), step(call, module, x, g)()[0]))
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*both))
+
+
+def measure(
+    pair: Pair, n: int, d: int, dtype: str, compile: bool, seconds: float, repeats: int | None
+) -> list[Measurement]:
+    """Time a step of every provider of one method."""
+    generator = torch.Generator().manual_seed(1)
+    x, g = (torch.randn(n, d, generator=generator).to(DTYPES[dtype]) for _ in range(2))
+    x.requires_grad_()
+    theirs, ours = pair.modules
+    calls = {"library": (pair.library, theirs)}
+    if compile:
+        calls["compile"] = (torch.compile(pair.library), theirs)
+    if pair.fused is not None:
+        calls["fused"] = (pair.fused, pair.fused)
+    calls["petl_kernels"] = (pair.ours, ours)
+    steps = {name: step(call, module, x, g) for name, (call, module) in calls.items()}
+    limits, times = ceilings(DTYPES[dtype], "cpu"), interleave(steps, "cpu", seconds, repeats)
+    sample = {"id": pair.name, "n": n, "d": d, "method": pair.name}
+    found = []
+    for name, (call, module) in calls.items():
+        held = saved_bytes(lambda call=call: call(x), exclude=module.parameters())  # type: ignore[misc]
+        work = (n * pair.flops, 5 * n * d * DTYPES[dtype].itemsize)
+        found.append(Measurement("layers", name, "full", sample, dtype, times[name], *work, limits, held))
+    return found
+
+
+def main(
+    tokens: Annotated[int, typer.Option(help="Rows of x.")] = 4096,
+    width: Annotated[int, typer.Option(help="d.")] = 768,
+    dtype: Annotated[str, typer.Option(help=f"Some of {', '.join(DTYPES)}.")] = "float32,bfloat16",
+    threads: Annotated[int | None, typer.Option(help="PyTorch's threads.")] = None,
+    compile: Annotated[bool, typer.Option(help="Also time the library's module compiled.")] = True,
+    seconds: Annotated[float, typer.Option(help="Budget of the timed rounds per method.")] = 4.0,
+    repeats: Annotated[int | None, typer.Option(help="Exact number of rounds instead.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the measurements here.")] = None,
+) -> None:
+    """Check, then time both libraries' modules in interleaved rounds."""
+    # A cache of its own, as benchmarks/run.py has it.
+    inductor = tempfile.TemporaryDirectory(prefix="petl_kernels_inductor_")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = inductor.name
+    torch.set_num_threads(threads or torch.get_num_threads())
+    dtypes = dtype.split(",")
+    if unknown := [name for name in dtypes if name not in DTYPES]:
+        raise typer.BadParameter(f"--dtype must be some of {', '.join(DTYPES)}, got {', '.join(unknown)}")
+    origin = provenance("cpu")
+    for name, value in origin.items():
+        console.print(f"{name:13}{value}", markup=False)
+    wrong, found = [], []
+    for name in dtypes:
+        x, g = (torch.randn(64, width).to(DTYPES[name]) for _ in range(2))
+        bound = 1e-5 if name == "float32" else 4e-2
+        for pair in pairs(width, DTYPES[name]):
+            if not (off := difference(pair, x.requires_grad_(), g)) <= bound:
+                wrong.append(f"{pair.name} {name}: off by {off:.1e}")
+    if wrong:
+        console.print("Wrong results, so nothing is timed:", *wrong, sep="\n  ", markup=False)
+        raise typer.Exit(1)
+    for name in dtypes:
+        torch._dynamo.reset()
+        group = []
+        for pair in pairs(width, DTYPES[name]):
+            group += measure(pair, tokens, width, name, compile, seconds, repeats)
+        print_group(console, group, baselines=["library", "compile"])
+        found += group
+    if csv is not None:
+        write_csv(csv, found, origin)
+        console.print(f"{len(found)} measurements written to {csv}", markup=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)
