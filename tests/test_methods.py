@@ -275,6 +275,14 @@ def test_compiles_whole(method):
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("kind", ["torch", "torch-pre"])
+def test_the_fast_path_of_torchs_encoder_does_not_pass_it_by(kind):
+    model = make(kind, torch.float32)
+    shaken(model, attach(model, "houlsby", bottleneck=4).trained)
+    with torch.inference_mode():
+        torch.testing.assert_close(run(model), run(model.train()), rtol=1e-5, atol=1e-5)
+
+
 def test_a_head_goes_on_training():
     model = nn.ModuleDict({"body": make("bert"), "head": nn.Linear(D, 2)})
     report = attach(model, "lora", rank=2, keep_trainable="head.*")
