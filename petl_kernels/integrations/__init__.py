@@ -21,12 +21,13 @@ def fuse(model: nn.Module, *, impl: str | None = None, strict: bool = False) -> 
     """Let the adapters of `model` run fused, in place: same outputs, gradients, parameter names and state_dict.
 
     Knows the `adapters` library (its bottleneck adapters, at every place of a model where they can stand) and `peft`
-    (LoRA on linear layers; its other tuner layers are reported with the reason). Modules are swapped by class:
-    isinstance, deepcopy, pickle and torch.save keep working, and adapters may be added, deleted, merged, loaded or
-    activated afterwards. Every call checks its own conditions (one active adapter or, in `adapters`, a composition
-    that allows it, dropout in training, hooks, dtypes); where they do not hold, the library's own path computes it. So
-    it does, with `impl=None`, LoRA's calls that are too small to gain. An adapter added later runs fused, by the same
-    checks, where another one stood at the time of `fuse`; elsewhere only after another `fuse`.
+    (LoRA on linear layers; its other tuner layers are reported with the reason), and hand-written modules whose
+    forward, traced, is `[norm,] linear, activation, linear [, scale] [, + residual]` through a bottleneck. Modules are
+    swapped by class: isinstance, deepcopy, pickle and torch.save keep working, and adapters may be added, deleted,
+    merged, loaded or activated afterwards. Every call checks its own conditions (one active adapter or, in `adapters`,
+    a composition that allows it, dropout in training, hooks, dtypes); where they do not hold, the library's own path
+    computes it. So it does, with `impl=None`, LoRA's calls that are too small to gain. An adapter added later runs
+    fused, by the same checks, where another one stood at the time of `fuse`; elsewhere only after another `fuse`.
 
     Args:
         model: any module that contains the adapters.
@@ -60,6 +61,9 @@ def fuse(model: nn.Module, *, impl: str | None = None, strict: bool = False) -> 
             continue
         integration.survey(model, report)
         swaps.append(integration.swap)
+    patterns = import_module(f"{__name__}.patterns")  # torch.fx, for which only those pay who fuse
+    patterns.survey(model, report)
+    swaps.append(patterns.swap)
     if strict and (report.skipped or not report.fused):
         raise RuntimeError(f"fuse: strict, and nothing was changed: {report.summary}\n{report.reasons}")
     for swap in swaps:
@@ -78,6 +82,7 @@ def unfuse(model: nn.Module) -> int:
         original = getattr(type(module), "fused_from", None)
         if original is not None:
             module.__class__ = original  # type: ignore[assignment]
-            del module.fused_impl
+            for name in [name for name in module.__dict__ if name.startswith("fused_")]:
+                delattr(module, name)
             restored += 1
     return restored
