@@ -11,40 +11,15 @@ namespace {
 // took 8 % less time in the L3 cache and as long beyond it.
 constexpr int64_t kSumRows = 16;
 
-template <typename C, bool kWhole, typename T>
-PETL_INLINE Vec<C> load(const T* p, int64_t lanes) {
-  if constexpr (kWhole) return Storage<C, T>::load(p);
-  return load_first<C, T>(p, lanes);
-}
-template <typename C, bool kWhole, typename T>
-PETL_INLINE void store(T* p, Vec<C> v, int64_t lanes) {
-  if constexpr (kWhole) return Storage<C, T>::store(p, v);
-  return store_first<C, T>(p, v, lanes);
-}
-
-// y = x * scale for one vector of a row; `scale` is padded to whole vectors.
-template <typename C, bool kWhole, typename X>
-PETL_INLINE void multiply(const X* x, const C* scale, X* y, int64_t c, int64_t lanes) {
-  store<C, kWhole>(y + c, load<C, kWhole>(x + c, lanes) * load_raw<Vec<C>>(scale + c), lanes);
-}
-
-// sums += g x, and dx = g scale where it is wanted; `sums` is padded as `scale` is.
-template <typename C, bool kWhole, bool kInput, typename X>
-PETL_INLINE void accumulate(const X* g, const X* x, const C* scale, C* sums, X* dx, int64_t c, int64_t lanes) {
-  const Vec<C> gv = load<C, kWhole>(g + c, lanes);
-  Storage<C, C>::store(sums + c, load_raw<Vec<C>>(sums + c) + gv * load<C, kWhole>(x + c, lanes));
-  if constexpr (kInput) store<C, kWhole>(dx + c, gv * load_raw<Vec<C>>(scale + c), lanes);
-}
-
 template <typename X>
 X* row_of(const Rows& m, int64_t row) {
   return m ? static_cast<X*>(m.data) + row * m.stride : nullptr;
 }
 
-// Without `prefetch_ahead`, which made no difference to one operand.
+// y = x * scale; `scale` is padded to whole vectors. Without `prefetch_ahead`, which made no difference to one operand.
 template <typename C, typename X>
 void forward(const ChannelScaleForward& f) {
-  const int64_t whole = f.d / kLanes<C> * kLanes<C>, padded = round_up(f.d, kLanes<C>);
+  const int64_t padded = round_up(f.d, kLanes<C>);
   Workspace work(Workspace::bytes<C>(padded));
   C* scale = work.take<C>(padded);
   widen(f.scale, 0, 1, f.d, scale, f.d);
@@ -55,27 +30,30 @@ void forward(const ChannelScaleForward& f) {
     for (int64_t row = range.begin; row < range.end; ++row) {
       const X* x = row_of<const X>(f.x, row);
       X* y = row_of<X>(f.y, row);
-      for (int64_t c = 0; c < whole; c += kLanes<C>) multiply<C, true>(x, scale, y, c, kLanes<C>);
-      if (whole < f.d) multiply<C, false>(x, scale, y, whole, f.d - whole);
+      for_columns<C>(f.d, [&](int64_t c, auto lanes) {
+        store<C>(y + c, load<C>(x + c, lanes) * load_raw<Vec<C>>(scale + c), lanes);
+      });
     }
   }
 }
 
-// A row at a time: pairs of rows, summed in registers, took 5 to 65 % longer (g, x and dx of 12 and 38 MB in float32).
+// sums += g x, and dx = g scale where it is wanted. A row at a time: pairs of rows, summed in registers, took 5 to 65 %
+// longer (g, x and dx of 12 and 38 MB in float32).
 template <typename C, typename X, bool kInput>
 void backward_rows(const ChannelScaleBackward& b, Range range, const C* scale, C* sums, double* totals) {
-  const int64_t whole = b.d / kLanes<C> * kLanes<C>, padded = round_up(b.d, kLanes<C>);
+  const int64_t padded = round_up(b.d, kLanes<C>);
   std::memset(sums, 0, sizeof(C) * static_cast<size_t>(padded));
   std::memset(totals, 0, sizeof(double) * static_cast<size_t>(padded));
   for (int64_t row = range.begin; row < range.end; ++row) {
     const X *g = row_of<const X>(b.g, row), *x = row_of<const X>(b.x, row);
     X* dx = row_of<X>(b.dx, row);
-    for (int64_t c = 0; c < whole; c += kLanes<C>) {
+    for_columns<C>(b.d, [&](int64_t c, auto lanes) {
       prefetch_ahead(g + c);
       prefetch_ahead(x + c);
-      accumulate<C, true, kInput>(g, x, scale, sums, dx, c, kLanes<C>);
-    }
-    if (whole < b.d) accumulate<C, false, kInput>(g, x, scale, sums, dx, whole, b.d - whole);
+      const Vec<C> gv = load<C>(g + c, lanes);
+      Storage<C, C>::store(sums + c, load_raw<Vec<C>>(sums + c) + gv * load<C>(x + c, lanes));
+      if constexpr (kInput) store<C>(dx + c, gv * load_raw<Vec<C>>(scale + c), lanes);
+    });
     if ((row - range.begin) % kSumRows == kSumRows - 1 || row + 1 == range.end) flush_sums(sums, totals, padded);
   }
 }

@@ -12,23 +12,6 @@ namespace {
 // Rows added up in float32. 8 took a fifth longer in the L3 cache.
 constexpr int64_t kSumRows = 64;
 
-// The number of elements in a vector of a row: a constant but for the last, ragged one, of which lanes past the end
-// are read as zero.
-template <typename C>
-using All = std::integral_constant<int64_t, kLanes<C>>;
-template <typename C, typename Count>
-constexpr bool kWhole = std::is_same_v<Count, All<C>>;
-
-template <typename C, typename T, typename Count>
-PETL_INLINE Vec<C> load(const T* p, Count lanes) {
-  if constexpr (kWhole<C, Count>) return Storage<C, T>::load(p);
-  return load_first<C, T>(p, lanes);
-}
-template <typename C, typename T, typename Count>
-PETL_INLINE void store(T* p, Vec<C> v, Count lanes) {
-  if constexpr (kWhole<C, Count>) return Storage<C, T>::store(p, v);
-  return store_first<C, T>(p, v, lanes);
-}
 template <typename C, typename Count>
 PETL_INLINE Vec<C> zero_rest(Vec<C> v, Count lanes) {
   if constexpr (kWhole<C, Count>) return v;
@@ -45,14 +28,6 @@ PETL_INLINE C sum_lanes(Vec<C> v) {
     for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
   }
   return lane[0];
-}
-
-// Calls f(column, lanes) for each vector of a row.
-template <typename C, typename F>
-PETL_INLINE void for_columns(int64_t d, F f) {
-  int64_t c = 0;
-  for (; c + kLanes<C> <= d; c += kLanes<C>) f(c, All<C>{});
-  if (c < d) f(c, d - c);
 }
 
 // Calls f(column, lanes, sums) for each vector of a row and leaves in `totals` what f added to its kSums sums, which
