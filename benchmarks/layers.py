@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from options import DTYPES, some_of
 from provenance import provenance
 from report import Measurement, print_group, write_csv
 from rich.console import Console
@@ -27,7 +28,7 @@ import petl_kernels
 from petl_kernels.nn import AdapterPlus, BottleneckAdapter, IA3Linear, LoRALinear, ParallelAdapter
 from petl_kernels.profiling import saved_bytes
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+NAMES = ("float32", "bfloat16")  # of the dtypes
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
@@ -162,7 +163,7 @@ def measure(
 def main(
     tokens: Annotated[int, typer.Option(help="Rows of x.")] = 4096,
     width: Annotated[int, typer.Option(help="d.")] = 768,
-    dtype: Annotated[str, typer.Option(help=f"Some of {', '.join(DTYPES)}.")] = "float32,bfloat16",
+    dtype: Annotated[str, typer.Option(help=f"Some of {', '.join(NAMES)}.")] = "float32,bfloat16",
     threads: Annotated[int | None, typer.Option(help="PyTorch's threads.")] = None,
     compile: Annotated[bool, typer.Option(help="Also time the library's module compiled.")] = True,
     seconds: Annotated[float, typer.Option(help="Budget of the timed rounds per method.")] = 4.0,
@@ -174,9 +175,7 @@ def main(
     inductor = tempfile.TemporaryDirectory(prefix="petl_kernels_inductor_")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = inductor.name
     torch.set_num_threads(threads or torch.get_num_threads())
-    dtypes = dtype.split(",")
-    if unknown := [name for name in dtypes if name not in DTYPES]:
-        raise typer.BadParameter(f"--dtype must be some of {', '.join(DTYPES)}, got {', '.join(unknown)}")
+    dtypes = some_of("--dtype", dtype, NAMES)
     origin = provenance("cpu")
     for name, value in origin.items():
         console.print(f"{name:13}{value}", markup=False)

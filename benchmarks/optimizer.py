@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from options import DTYPES, some_of
 from provenance import provenance
 from report import Measurement, write_csv
 from rich.console import Console
@@ -27,7 +28,7 @@ from torch.optim import AdamW, Optimizer
 from petl_kernels.optim import ChannelAdamW, Channels
 from petl_kernels.testing import Outcome, judge
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NAMES = ("float32", "bfloat16", "float16")  # of the dtypes
 SHARE = 8  # one of so many rows or columns is tuned
 FLOPS = 13  # of an element's update
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
@@ -36,7 +37,7 @@ console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 def main(
     layers: Annotated[int, typer.Option(help="Encoder layers, of six matrices each.")] = 12,
     width: Annotated[int, typer.Option(help="Width d; the matrices are 4 of d x d, 4d x d and d x 4d.")] = 768,
-    dtype: Annotated[str, typer.Option(help=f"Some of {', '.join(DTYPES)}.")] = "float32,bfloat16",
+    dtype: Annotated[str, typer.Option(help=f"Some of {', '.join(NAMES)}.")] = "float32,bfloat16",
     impl: Annotated[
         str | None, typer.Option(help="ChannelAdamW's implementation; the fastest known otherwise.")
     ] = None,
@@ -48,9 +49,7 @@ def main(
 ) -> None:
     """Check, then time torch's optimizers and ours in interleaved rounds."""
     torch.set_num_threads(threads or torch.get_num_threads())
-    dtypes = dtype.split(",")
-    if unknown := [name for name in dtypes if name not in DTYPES]:
-        raise typer.BadParameter(f"--dtype must be some of {', '.join(DTYPES)}, got {', '.join(unknown)}")
+    dtypes = some_of("--dtype", dtype, NAMES)
     origin = provenance(device)
     for name, value in origin.items():
         console.print(f"{name:13}{value}", markup=False)

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from libraries import baselines
+from options import DTYPES, some_of
 from provenance import ISA_VARIABLES, provenance
 from report import Measurement, print_group, write_csv
 from rich.console import Console
@@ -29,7 +30,6 @@ from petl_kernels.testing import CASES, Case, Inputs, arguments, check, run
 
 HOST_CALLS = 100
 MODES = ("forward", "backward", "full", "host")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 Provider = tuple[Callable[..., Any], dict[str, Any]]
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
@@ -61,10 +61,10 @@ def main(
     functorch.donated_buffer = False  # or a compiled backward could not be timed by itself
     torch.set_num_threads(threads or torch.get_num_threads())
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    modes = _chosen("--mode", mode, MODES)
-    dtypes = _chosen("--dtype", dtype, tuple(DTYPES))
+    modes = some_of("--mode", mode, MODES)
+    dtypes = some_of("--dtype", dtype, tuple(DTYPES))
     known = tuple(case.name for case in CASES)
-    wanted = known if op is None else _chosen("--op", op, known)
+    wanted = known if op is None else some_of("--op", op, known)
     cases = [case for case in CASES if case.name in wanted]
     origin = provenance(device)
     for name, value in origin.items():
@@ -94,13 +94,6 @@ def _emulate(isa: str) -> None:
         raise typer.BadParameter(f"--isa must be one of {list(ISA_VARIABLES)}, got {isa!r}")
     if any(os.environ.get(name) != value for name, value in ISA_VARIABLES[isa].items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ISA_VARIABLES[isa]})
-
-
-def _chosen(option: str, text: str, known: tuple[str, ...]) -> list[str]:
-    names = text.split(",")
-    if unknown := [name for name in names if name not in known]:
-        raise typer.BadParameter(f"{option} must be some of {', '.join(known)}, got {', '.join(unknown)}")
-    return names
 
 
 def samples(case: Case, shapes: list[str] | None) -> list[dict[str, Any]]:
