@@ -26,6 +26,7 @@ from transformers.activations import ACT2FN
 
 from petl_kernels.integrations._swap import Fused, fused_class, observed, original_class
 from petl_kernels.integrations.report import FuseReport
+from petl_kernels.ops._validate import autocast_enabled
 from petl_kernels.ops.bottleneck_adapter import bottleneck_adapter
 
 # The library's names of the nonlinearities that the op has; several implementations of one formula are one entry.
@@ -90,7 +91,7 @@ def _dtypes_fit(x: Tensor, weight: Tensor, residual: Tensor | None, scaling: flo
         dtypes.add(residual.dtype)
     if isinstance(scaling, Tensor):
         dtypes.add(scaling.dtype)
-    return len(dtypes) == 1 or (torch.float64 not in dtypes and torch.is_autocast_enabled(x.device.type))
+    return len(dtypes) == 1 or (torch.float64 not in dtypes and autocast_enabled(x))
 
 
 def _core(adapter: Any, x: Tensor, residual: Tensor | None, impl: str | None) -> Tensor:

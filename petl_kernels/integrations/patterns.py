@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from petl_kernels.integrations._swap import Fused, fused_class, observed, original_class
 from petl_kernels.integrations.report import FuseReport
+from petl_kernels.ops._validate import autocast_enabled
 from petl_kernels.ops.bottleneck_adapter import bottleneck_adapter
 
 _MODULES: dict[type, Callable[[Any], str | None]] = {
@@ -201,7 +202,7 @@ def _obstacle(module: Any, pattern: _Pattern, x: Tensor | None = None) -> str | 
     if any(dropout.training and dropout.p > 0 for dropout in (_at(module, name) for name in pattern.dropouts)):
         return "dropout is at work: the op has no random numbers of its own"
     dtypes = {p.dtype for p in (x, down.weight, up.weight, scale) if p is not None}
-    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    autocast = autocast_enabled(x)
     if len(dtypes) > 1 and not autocast:
         return "its dtypes differ"
     if scale is not None and autocast:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from petl_kernels.integrations._swap import Fused, fused_class, observed, original_class
 from petl_kernels.integrations.report import FuseReport
 from petl_kernels.ops._op import REFERENCE
-from petl_kernels.ops._validate import autocast
+from petl_kernels.ops._validate import autocast, autocast_enabled
 from petl_kernels.ops.bottleneck_adapter import OP, bottleneck_adapter
 
 _AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)  # what autocast casts: not float64, and no 8-bit format
@@ -92,10 +92,6 @@ def _parts(layer: Any, name: str) -> tuple[Any, Any, Any, Any]:
     return down, up, modules["lora_dropout"]._modules[name], layer.scaling[name]
 
 
-def _autocast_enabled(x: Tensor) -> bool:
-    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
-
-
 def _tensors_fit(x: Tensor, weights: _Weights, scaling: Any, widens: bool) -> bool:
     """Whether op and library agree on what these dtypes give, and the tensors are in one place."""
     dtype, own, device = x.dtype, weights[0].dtype, x.device
@@ -109,7 +105,7 @@ def _tensors_fit(x: Tensor, weights: _Weights, scaling: Any, widens: bool) -> bo
     if dtype not in _AUTOCAST or own not in _AUTOCAST:
         return False
     # float32 adapters on a half-precision base are the library's default, and there it widens x.
-    return (own == torch.float32 and widens) or _autocast_enabled(x)
+    return (own == torch.float32 and widens) or autocast_enabled(x)
 
 
 def _random_now(dropout: Any) -> bool:
@@ -127,7 +123,7 @@ def _implementation(x: Tensor, weights: _Weights, scaling: Any) -> str:
     """The implementation that measurement found fastest for this call, or the reference, which gains nothing."""
     # An x narrower than the adapter competes with the library's products in the adapter's dtype, float32. In the
     # residual's place x itself is looked at too: a tangent or a wrapper is what no kernel takes.
-    widened = x.dtype is not weights[0].dtype and not _autocast_enabled(x)
+    widened = x.dtype is not weights[0].dtype and not autocast_enabled(x)
     computed = autocast(x.new_empty(0, dtype=weights[0].dtype if widened else x.dtype))
     return OP.select(None, computed, *weights, x, scaling, "identity")
 
@@ -156,7 +152,7 @@ class _FusedLinear(Fused, Linear):
             if impl == REFERENCE:
                 return None
         result = self.base_layer(x)
-        if impl == REFERENCE and x.dtype is not down.weight.dtype and not _autocast_enabled(x):
+        if impl == REFERENCE and x.dtype is not down.weight.dtype and not autocast_enabled(x):
             x = x.to(down.weight.dtype)  # as the library does; the reference would round the weights to x's dtype
         options: dict[str, Any] = dict(residual=result, activation="identity", scale=scaling, impl=impl)
         return bottleneck_adapter(x, *weights, **options).to(result.dtype)

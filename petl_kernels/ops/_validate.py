@@ -86,8 +86,13 @@ def _some(values: list[int]) -> str:
 
 def autocast(x: Tensor) -> Tensor:
     """x as `F.linear` would take it: under autocast in the autocast dtype."""
+    if x.dtype != torch.float64 and autocast_enabled(x):
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
+def autocast_enabled(x: Tensor) -> bool:
+    """Whether autocast is on for the device of x."""
     device = x.device.type
     # The meta device has no autocast, and asking whether it is on is an error.
-    if x.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
-        return x.to(torch.get_autocast_dtype(device))
-    return x
+    return device != "meta" and torch.is_autocast_enabled(device)
