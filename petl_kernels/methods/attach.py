@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from petl_kernels._names import check_model, freeze_all_but, match
 from petl_kernels.methods.blocks import find_blocks
 from petl_kernels.methods.insertions import Insertion
 from petl_kernels.methods.registry import METHODS, Method
-from petl_kernels.two_stage.names import check_model, freeze_all_but, match
 
 
 @dataclass(eq=False)

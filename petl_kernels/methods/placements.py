@@ -18,7 +18,6 @@ from petl_kernels.nn import (
     LoRALinear,
     LowRankPAL,
     ParallelAdapter,
-    PfeifferAdapter,
 )
 
 Insertions = Iterator[Insertion]
@@ -33,11 +32,12 @@ def houlsby(model: nn.Module, block: Block, *, bottleneck: int = 64, **options: 
 
 def pfeiffer(model: nn.Module, block: Block, *, bottleneck: int = 48, **options: Any) -> Insertions:
     """At the layer norm behind the feed-forward part, or, in a pre-LN block, behind that part."""
-    if block.norm is not None:
-        yield Around(block.norm, _like(model, block, _Inner(block.width, bottleneck, **options)))
-        return
-    plain = {"activation": "relu", "init": "bert", **options}
-    yield After(block.feed_forward.branch, _like(model, block, BottleneckAdapter(block.width, bottleneck, **plain)))
+    options = {"scale": 1.0, "activation": "relu", "init": "bert", **options}
+    if block.norm is None:
+        adapter = BottleneckAdapter(block.width, bottleneck, **options)
+        yield After(block.feed_forward.branch, _like(model, block, adapter))
+    else:  # the branch alone: `Around` applies the norm
+        yield Around(block.norm, _like(model, block, ParallelAdapter(block.width, bottleneck, **options)))
 
 
 def parallel(model: nn.Module, block: Block, *, bottleneck: int = 512, **options: Any) -> Insertions:
@@ -99,13 +99,6 @@ def sct(
 def nothing(model: nn.Module, block: Block) -> Insertions:
     """Of methods that train what is there."""
     yield from ()
-
-
-class _Inner(PfeifferAdapter):
-    """Pfeiffer's branch alone: `Around` applies the layer norm."""
-
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
-        return self._adapt(x, residual)
 
 
 class _OnStream(nn.Module):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from petl_kernels.nn._check import check_choice, check_size
 from petl_kernels.ops.channel_adapter import OP, channel_adapter
 
 
@@ -48,12 +49,10 @@ class ChannelAdapter(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(d_model, bool) or not isinstance(d_model, int) or d_model < 1:
-            raise ValueError(f"ChannelAdapter: d_model must be an integer of at least 1, got {d_model!r}")
+        check_size("ChannelAdapter", "d_model", d_model)
         if isinstance(scale, bool) or not (isinstance(scale, (int, float)) or scale == "learned"):
             raise ValueError(f"ChannelAdapter: scale must be a float or 'learned', got {scale!r}")
-        if impl not in (choices := (None, "auto", *OP.impls)):
-            raise ValueError(f"ChannelAdapter: impl must be one of {choices}, got {impl!r}")
+        check_choice("ChannelAdapter", "impl", impl, (None, "auto", *OP.impls))
         self.d_model, self.scale_input, self.impl = d_model, bool(scale_input), impl
         # Kept beside the buffer, whose values a construction on "meta" cannot hold.
         self._chosen = _checked(channels, d_model)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from petl_kernels.nn._check import check_choice
 from petl_kernels.ops._select import AUTO
 from petl_kernels.ops._validate import check_channels
 from petl_kernels.ops.channel_linear import OP, channel_linear
@@ -51,8 +52,7 @@ class ChannelLinear(nn.Module):
         super().__init__()
         if isinstance(dim, bool) or dim not in (0, 1):
             raise ValueError(f"ChannelLinear: dim must be 0 (output rows) or 1 (input columns), got {dim!r}")
-        if impl not in (None, AUTO, *OP.impls):
-            raise ValueError(f"ChannelLinear: impl must be one of {(None, AUTO, *OP.impls)}, got {impl!r}")
+        check_choice("ChannelLinear", "impl", impl, (None, AUTO, *OP.impls))
         channels = _channels(channels, weight.shape[dim], weight)
         self.dim, self.impl = dim, impl
         self.out_features, self.in_features = weight.shape
@@ -93,12 +93,7 @@ class ChannelLinear(nn.Module):
                 Parameter, channels that are not int64 [k].
             ValueError: channels that repeat, are negative, too large or on another device; dim; impl.
         """
-        reason = obstacle(linear)
-        if reason is not None:
-            raise TypeError(f"ChannelLinear: {reason}")
-        weight, bias_of = linear._parameters["weight"], linear._parameters["bias"]
-        assert weight is not None  # `obstacle`
-        return cls(weight, bias_of, channels, dim=dim, train_bias=bias, impl=impl)
+        return cls(*weight_and_bias("ChannelLinear", linear), channels, dim=dim, train_bias=bias, impl=impl)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., d_in] -> [..., d_out]."""
@@ -181,6 +176,13 @@ def obstacle(linear: Any) -> str | None:
     if linear.weight.dtype not in _DTYPES:
         return f"the weight of linear must be float32, bfloat16, float16 or float64, got {linear.weight.dtype}"
     return None
+
+
+def weight_and_bias(owner: str, linear: Any) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """The Parameters of a linear that the layer `owner` takes over; a TypeError where `obstacle` has a reason."""
+    if (reason := obstacle(linear)) is not None:
+        raise TypeError(f"{owner}: {reason}")
+    return linear._parameters["weight"], linear._parameters["bias"]
 
 
 def _channels(channels: Any, size: int, weight: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from petl_kernels.nn.channel_linear import freeze, obstacle
+from petl_kernels.nn._check import check_choice
+from petl_kernels.nn.channel_linear import freeze, weight_and_bias
 from petl_kernels.ops._select import AUTO
 from petl_kernels.ops.channel_scale import OP, channel_scale
 
@@ -45,10 +46,8 @@ class IA3Linear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if side not in SIDES:
-            raise ValueError(f"IA3Linear: side must be one of {SIDES}, got {side!r}")
-        if impl not in (choices := (None, AUTO, *OP.impls)):
-            raise ValueError(f"IA3Linear: impl must be one of {choices}, got {impl!r}")
+        check_choice("IA3Linear", "side", side, SIDES)
+        check_choice("IA3Linear", "impl", impl, (None, AUTO, *OP.impls))
         self.out_features, self.in_features = weight.shape
         self.side, self.impl = side, impl
         self.weight = freeze(weight)
@@ -72,11 +71,7 @@ class IA3Linear(nn.Module):
                 Parameter.
             ValueError: side or impl outside the above.
         """
-        if (reason := obstacle(linear)) is not None:
-            raise TypeError(f"IA3Linear: {reason}")
-        weight, bias = linear._parameters["weight"], linear._parameters["bias"]
-        assert weight is not None  # `obstacle`
-        return cls(weight, bias, **options)
+        return cls(*weight_and_bias("IA3Linear", linear), **options)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from petl_kernels.nn._check import check_choice, check_number, check_probability, check_size
 from petl_kernels.nn.bottleneck_adapter import INITS
-from petl_kernels.nn.channel_linear import freeze, obstacle
+from petl_kernels.nn.channel_linear import freeze, weight_and_bias
 from petl_kernels.ops._select import AUTO
 from petl_kernels.ops.bottleneck_adapter import OP, bottleneck_adapter
 
@@ -78,11 +78,7 @@ class LoRALinear(nn.Module):
                 Parameter.
             ValueError: rank, alpha, dropout or impl outside the above.
         """
-        if (reason := obstacle(linear)) is not None:
-            raise TypeError(f"LoRALinear: {reason}")
-        weight, bias = linear._parameters["weight"], linear._parameters["bias"]
-        assert weight is not None  # `obstacle`
-        return cls(weight, bias, rank, **options)
+        return cls(*weight_and_bias("LoRALinear", linear), rank, **options)
 
     @property
     def scale(self) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from petl_kernels.two_stage.names import check_model, freeze_all_but, match
+from petl_kernels._names import check_model, freeze_all_but, match
 
 
 def tune_layer_norms(model: nn.Module, *, also: str | Iterable[str] = ()) -> list[str]:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from petl_kernels._names import Where, check_model, find_modules, some
 from petl_kernels.ops.channel_importance import channel_importance
-from petl_kernels.two_stage.names import Where, check_model, find_modules, some
 
 SIDES = ("output", "input")
 REDUCTIONS = ("sq_batch", "sq_sample", "abs")

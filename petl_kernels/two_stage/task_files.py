@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from petl_kernels._names import check_model, match, some
 from petl_kernels.nn import ChannelLinear
-from petl_kernels.two_stage.names import check_model, match, some
 
 FORMAT, VERSION = "petl_kernels.task", 1
 OWN = ("channels", "channel_weight", "channel_bias")  # what a ChannelLinear has beside its linear's tensors

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from petl_kernels._names import check_model, freeze_all_but, match, some
 from petl_kernels.nn import ChannelLinear
+from petl_kernels.nn._check import check_choice
 from petl_kernels.nn.channel_linear import obstacle
 from petl_kernels.ops._select import AUTO
 from petl_kernels.ops.channel_linear import OP
-from petl_kernels.two_stage.names import check_model, freeze_all_but, match, some
 from petl_kernels.two_stage.selection import Selection
 
 # They hand the weights of their linears to a kernel of torch's and never call them (the layer: in inference).
@@ -120,8 +121,7 @@ def tune_channels(
         raise TypeError(f"tune_channels: selection must be a Selection, got {type(selection).__name__}")
     if isinstance(dim, bool) or dim not in (0, 1):
         raise ValueError(f"tune_channels: dim must be 0 (output rows) or 1 (input columns), got {dim!r}")
-    if impl not in (None, AUTO, *OP.impls):
-        raise ValueError(f"tune_channels: impl must be one of {(None, AUTO, *OP.impls)}, got {impl!r}")
+    check_choice("tune_channels", "impl", impl, (None, AUTO, *OP.impls))
     places = _places(model, selection, dim)
     parameters = dict(model.named_parameters())
     before = [name for name, p in parameters.items() if p.requires_grad]
