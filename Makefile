@@ -1,12 +1,13 @@
 # make demo: fine-tune a real model, eager and fused.  make two-stage: six methods on four tasks, and on digits (STEPS=5
-# for a smoke run of either).  make test: everything that must pass.  Each makes .venv and installs what it needs.
+# for a smoke run of either).  make test: everything that must pass.  make resources: the Triton kernels compiled for every
+# GPU target, not just two.  Each makes .venv and installs what it needs.
 PYTHON ?= python3
 STEPS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo two-stage test lint test-cpp test-python bench clean
+.PHONY: demo two-stage test lint test-cpp test-python resources bench clean
 
 demo: $(READY)
 	$(BIN)/python examples/finetune.py $(if $(STEPS),--steps $(STEPS))
@@ -30,7 +31,10 @@ test-cpp: $(READY)
 	$(BIN)/ctest --test-dir build/tests --output-on-failure
 
 test-python: $(READY)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 -m 'not resources'
+
+resources: $(READY)
+	$(BIN)/python -m pytest -n 2 tests/test_triton_compile.py
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py --op bottleneck_adapter --csv out/bench.csv
