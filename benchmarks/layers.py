@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+import torch.nn.functional as F
 import typer
 from options import DTYPES, some_of
 from provenance import provenance
@@ -25,7 +26,7 @@ from timing import Call, ceilings, interleave
 from torch import Tensor, nn
 
 import petl_kernels
-from petl_kernels.nn import AdapterPlus, BottleneckAdapter, IA3Linear, LoRALinear, ParallelAdapter
+from petl_kernels.nn import AdapterPlus, BottleneckAdapter, IA3Linear, LoRALinear, LoRAMergedLinear, ParallelAdapter
 from petl_kernels.profiling import saved_bytes
 
 NAMES = ("float32", "bfloat16")  # of the dtypes
@@ -38,11 +39,12 @@ class Pair:
 
     Attributes:
         name: of the method, with its size.
-        library: what is called with x.
+        library: what is called with x; of `lora qv`, the usual lines that no library holds.
         ours: likewise.
         modules: theirs and ours, whose parameters train.
         flops: of forward and backward together, per token.
         fused: another one of the library's modules, after `fuse`; None where `fuse` does not know it.
+        width: of the output, where it is not that of x.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Pair:
     modules: tuple[nn.Module, nn.Module]
     flops: int
     fused: nn.Module | None = None
+    width: int | None = None
 
 
 def bottleneck(name: str, d: int, r: int, kind: str, ours: BottleneckAdapter, **config: Any) -> Pair:
@@ -90,6 +93,21 @@ def linear(name: str, d: int, config: Any, ours: nn.Module, weights: Callable[[A
     return Pair(name, theirs, ours, (theirs, ours), 4 * d * d + 6 * trained)
 
 
+def sliced(name: str, ours: LoRAMergedLinear) -> Pair:
+    """LoRA on queries and values of a fused projection: the usual added slices, with our weights, and ours."""
+    d, r = ours.in_features, ours.rank
+    down_q, down_v = ours.w_down.chunk(2)
+    up_q, up_v = ours.w_up.chunk(2)
+
+    def usual(x: Tensor) -> Tensor:
+        qkv = F.linear(x, ours.weight, ours.bias)
+        qkv[..., :d] += F.linear(F.linear(x, down_q), up_q) * ours.scale
+        qkv[..., 2 * d :] += F.linear(F.linear(x, down_v), up_v) * ours.scale
+        return qkv
+
+    return Pair(name, usual, ours, (ours, ours), 12 * d * d + 24 * d * r, width=3 * d)
+
+
 def pairs(d: int, dtype: torch.dtype) -> Iterator[Pair]:
     """Every method that a library has too, in the sizes of its presets at this width."""
     from peft import IA3Config, LoraConfig
@@ -110,6 +128,9 @@ def pairs(d: int, dtype: torch.dtype) -> Iterator[Pair]:
         pair, again = (linear(f"lora {rank}", d, tuner, lora, _lora_weights) for _ in range(2))
         petl_kernels.fuse(nn.ModuleDict({"layer": again.modules[0]}))
         yield replace(pair, fused=again.modules[0])
+    qv = LoRAMergedLinear.from_linear(nn.Linear(d, 3 * d, dtype=dtype), 8, ((0, d), (2 * d, 3 * d)), alpha=16)
+    nn.init.normal_(qv.w_up, std=0.02)
+    yield sliced("lora qv 8", qv)
     ia3 = IA3Linear.from_linear(nn.Linear(d, d, dtype=dtype))
     nn.init.normal_(ia3.scale, 1.0, 0.1)
     config = IA3Config(target_modules=["layer"], feedforward_modules=[])
@@ -140,7 +161,7 @@ def measure(
 ) -> list[Measurement]:
     """Time a step of every provider of one method."""
     generator = torch.Generator().manual_seed(1)
-    x, g = (torch.randn(n, d, generator=generator).to(DTYPES[dtype]) for _ in range(2))
+    x, g = (torch.randn(n, w, generator=generator).to(DTYPES[dtype]) for w in (d, pair.width or d))
     x.requires_grad_()
     theirs, ours = pair.modules
     calls = {"library": (pair.library, theirs)}
@@ -155,7 +176,8 @@ def measure(
     found = []
     for name, (call, module) in calls.items():
         held = saved_bytes(lambda call=call: call(x), exclude=module.parameters())  # type: ignore[misc]
-        work = (n * pair.flops, 5 * n * d * DTYPES[dtype].itemsize)
+        # x, y and g are read or written once or twice, as wide as they are.
+        work = (n * pair.flops, n * (3 * d + 2 * (pair.width or d)) * DTYPES[dtype].itemsize)
         found.append(Measurement("layers", name, "full", sample, dtype, times[name], *work, limits, held))
     return found
 
@@ -181,9 +203,9 @@ def main(
         console.print(f"{name:13}{value}", markup=False)
     wrong, found = [], []
     for name in dtypes:
-        x, g = (torch.randn(64, width).to(DTYPES[name]) for _ in range(2))
         bound = 1e-5 if name == "float32" else 4e-2
         for pair in pairs(width, DTYPES[name]):
+            x, g = (torch.randn(64, w).to(DTYPES[name]) for w in (width, pair.width or width))
             if not (off := difference(pair, x.requires_grad_(), g)) <= bound:
                 wrong.append(f"{pair.name} {name}: off by {off:.1e}")
     if wrong:

@@ -45,9 +45,9 @@ def test_rows(tmp_path):
     providers = {}
     for row in rows:
         providers.setdefault(row["x_value"], set()).add(row["kernel_provider"])
-    assert len(providers) == 6
+    assert len(providers) == 7
     for label, names in providers.items():
-        assert names == {"library", "petl_kernels"} | ({"fused"} if "lora" in label else set()), label
+        assert names == {"library", "petl_kernels"} | ({"fused"} if label in ("lora 8", "lora 64") else set()), label
 
 
 def test_a_wrong_layer_is_not_timed(monkeypatch, tmp_path):

@@ -16,6 +16,7 @@ from petl_kernels.methods import METHODS, After, Method, attach, detach, find_bl
 from petl_kernels.nn import BottleneckAdapter
 
 POST_LN = ("bert", "roberta", "bart", "torch")
+TORCH, FUSED_QKV = ("torch", "torch-pre"), ("timm", "phi3", "gpt2")
 # Options that make a method's first forward the identity, and some for the others.
 IDENTITY = {
     "houlsby": dict(bottleneck=4, init="lora"),
@@ -36,10 +37,10 @@ def refusal(kind: str, method: str) -> str | None:
     """Why this method has no place in this model."""
     if method in ("adaptformer", "sct") and kind in POST_LN:
         return "post-LN"
-    if method in ("lora", "ia3") and kind in ("torch", "torch-pre", "timm"):
+    if (method == "lora" and kind in TORCH) or (method == "ia3" and kind in (*TORCH, *FUSED_QKV)):
         return "wants a linear"
-    if method == "layer_norm" and kind == "llama":
-        return "finds nothing to train in LlamaModel"  # whose norms are a class of its own
+    if method == "layer_norm" and kind in ("llama", "phi3"):
+        return "finds nothing to train in (Llama|Phi3)Model"  # whose norms are a class of its own
     return None
 
 
@@ -165,6 +166,25 @@ def test_lora_and_ia3_compute_their_formulas_in_bert():
         plain = make("bert")
 
 
+@pytest.mark.parametrize("kind, keys", [("timm", D), ("gpt2", D), ("phi3", D // HEADS)])
+def test_lora_on_slices_of_a_fused_projection(kind, keys):
+    plain, changed = make(kind), make(kind)
+    targets = ["value", "query", "output"] if kind != "gpt2" else ["value", "query"]
+    report = attach(changed, "lora", rank=3, alpha=6.0, targets=targets)
+    assert len(report.inserted) == LAYERS * (len(targets) - 1)
+    shaken(changed, report.trained)
+    for name in report.inserted:
+        weight, module = plain.get_submodule(name).weight.data, changed.get_submodule(name)
+        if not hasattr(module, "slices"):
+            weight += 2.0 * module.w_up @ module.w_down
+            continue
+        rows = weight.T if kind == "gpt2" else weight
+        rows[:D] += 2.0 * module.w_up[:D] @ module.w_down[:3]
+        rows[D + keys :] += 2.0 * module.w_up[D:] @ module.w_down[3:]
+        assert rows.shape[0] == D + 2 * keys and module.w_up.shape[0] == D + keys
+    torch.testing.assert_close(run(changed), run(plain), rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("method", ["adaptformer", "sct"])
 def test_computes_its_formula_in_a_vit(method):
     model = make("vit")
@@ -184,7 +204,9 @@ def test_computes_its_formula_in_a_vit(method):
 
 
 # --- How much trains ------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kind, method", [p for p in PAIRS if refusal(*p) is None and p[0] in ("bert", "vit", "llama")])
+@pytest.mark.parametrize(
+    "kind, method", [p for p in PAIRS if refusal(*p) is None and p[0] in ("bert", "vit", "llama", "timm", "gpt2")]
+)
 def test_the_table_counts_what_is_attached(kind, method):
     model = make(kind)
     inserted = {n: p for n, p in model.named_parameters()}
@@ -323,7 +345,8 @@ def test_a_method_of_ones_own():
         ("bert", "houlsby", dict(bottleneck=0), ValueError, "bottleneck must be an integer of at least 1, got 0"),
         ("bert", "houlsby", dict(keep_trainable="head.*"), ValueError, r"keep_trainable 'head\.\*' matches nothing"),
         ("bert", "lora", dict(targets=("query", "gate")), ValueError, "wants a linear 'gate' of the attention in"),
-        ("timm", "lora", {}, ValueError, r"wants a linear 'query' .* which has \['output', 'qkv'\]"),
+        ("timm", "ia3", {}, ValueError, r"wants a linear 'key' .* which has \['output', 'qkv'\]"),
+        ("gpt2", "lora", dict(targets=["output"]), TypeError, "LoRALinear: linear must be an nn.Linear, got Conv1D"),
         ("vit", "sct", {}, ValueError, "sct needs channels"),
     ],
 )

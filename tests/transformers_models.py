@@ -55,6 +55,12 @@ MODELS = {
     "roberta": lambda: transformers.RobertaModel(transformers.RobertaConfig(vocab_size=50, **_BERT, **_NO_DROPOUT)),
     "vit": lambda: transformers.ViTModel(transformers.ViTConfig(image_size=8, patch_size=4, **_BERT, **_NO_DROPOUT)),
     "llama": lambda: transformers.LlamaModel(transformers.LlamaConfig(vocab_size=50, **_BERT)),
+    "phi3": lambda: transformers.Phi3Model(
+        transformers.Phi3Config(vocab_size=50, pad_token_id=0, num_key_value_heads=1, **_BERT)
+    ),
+    "gpt2": lambda: transformers.GPT2Model(
+        transformers.GPT2Config(vocab_size=50, n_embd=D, n_layer=LAYERS, n_head=HEADS, n_inner=FF, n_positions=8)
+    ),
     "bart": lambda: _bart(
         d_model=D,
         encoder_layers=LAYERS,

@@ -16,7 +16,7 @@ class Attention:
     Attributes:
         branch: whose output is the sub-layer's, before it is added to the residual.
         query, key, value, output: its linears, None where it has no such linear that is called: `qkv` is one for all
-            three, and nn.MultiheadAttention reads its weights without calling any.
+            three, in this order, and nn.MultiheadAttention reads its weights without calling any.
     """
 
     branch: str
@@ -107,18 +107,29 @@ _LLAMA = Block(
     FeedForward("mlp", "mlp", "mlp.down_proj"),
     stream="post_attention_layernorm",
 )
+# Phi-3 is named as Llama, with one linear for queries, keys and values.
+_PHI = Block(
+    (Attention("resid_attn_dropout", output="self_attn.o_proj", qkv="self_attn.qkv_proj"),),
+    FeedForward("resid_mlp_dropout", "mlp", "mlp.down_proj"),
+    stream="post_attention_layernorm",
+)
+_GPT2 = Block(
+    (Attention("attn.resid_dropout", output="attn.c_proj", qkv="attn.c_attn"),),
+    FeedForward("mlp", "mlp", "mlp.c_proj"),
+    stream="ln_2",
+)
 _TIMM = Block(
     (Attention("attn", output="attn.proj", qkv="attn.qkv"),),
     FeedForward("mlp", "mlp", "mlp.fc2"),
     stream="norm2",
 )
 _TORCH = Block((Attention("dropout1"),), FeedForward("dropout2", "linear1", "linear2"), norm="norm2")
-_KNOWN = (_BERT, _VIT, _LLAMA, _bart("self_attn", "encoder_attn"), _bart("self_attn"), _TIMM)
+_KNOWN = (_BERT, _VIT, _LLAMA, _bart("self_attn", "encoder_attn"), _bart("self_attn"), _TIMM, _PHI, _GPT2)
 
 
 def find_blocks(model: nn.Module) -> list[Block]:
-    """The transformer blocks of a model, in its order: BERT, RoBERTa, ViT, Llama and BART of `transformers` and what is
-    named like them, `timm`'s ViT, and nn.TransformerEncoderLayer."""
+    """The transformer blocks of a model, in its order: BERT, RoBERTa, ViT, Llama, Phi-3, GPT-2 and BART of
+    `transformers` and what is named like them, `timm`'s ViT, and nn.TransformerEncoderLayer."""
     return [block for name, module in model.named_modules() for block in _recognise(name, module)]
 
 
@@ -127,8 +138,9 @@ def _recognise(name: str, module: nn.Module) -> Iterator[Block]:
     if known is None:
         return
     down: Any = _child(module, known.feed_forward.down)
-    if not hasattr(down, "out_features"):
-        return  # a Conv1D and the like, of which no method here knows the sides
+    width = getattr(down, "out_features", getattr(down, "nf", None))  # nf: of GPT-2's Conv1D
+    if width is None:
+        return
     prefix = f"{name}." if name else ""
 
     def full(part: Any) -> Any:
@@ -140,7 +152,7 @@ def _recognise(name: str, module: nn.Module) -> Iterator[Block]:
         known.norm and prefix + known.norm,
         known.stream and prefix + known.stream,
         name,
-        down.out_features,
+        width,
     )
 
 

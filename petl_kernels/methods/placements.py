@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from petl_kernels.methods.blocks import Block
+from petl_kernels.methods.blocks import Attention, Block
 from petl_kernels.methods.insertions import After, Around, Beside, Insertion, Instead
 from petl_kernels.nn import (
     AdapterPlus,
@@ -16,11 +16,14 @@ from petl_kernels.nn import (
     ChannelAdapter,
     IA3Linear,
     LoRALinear,
+    LoRAMergedLinear,
     LowRankPAL,
     ParallelAdapter,
 )
+from petl_kernels.nn.lora_merged import is_conv1d
 
 Insertions = Iterator[Insertion]
+_QKV = ("query", "key", "value")
 
 
 def houlsby(model: nn.Module, block: Block, *, bottleneck: int = 64, **options: Any) -> Insertions:
@@ -65,15 +68,25 @@ def low_rank_pal(model: nn.Module, block: Block, *, bottleneck: int = 100, **opt
 def lora(
     model: nn.Module, block: Block, *, rank: int = 8, targets: Sequence[str] = ("query", "value"), **options: Any
 ) -> Insertions:
-    """On linears of every attention."""
-    for name in _linears(block, targets, "lora"):
-        yield Instead(name, LoRALinear.from_linear(_linear(model, name), rank, **options))
+    """On linears of every attention; where one linear is for queries, keys and values, on slices of its output."""
+    for attention in block.attentions:
+        sliced = [] if attention.qkv is None else [t for t in targets if t in _QKV]
+        if attention.qkv is not None and sliced:
+            slices = _slices(model, attention, sliced)
+            merged = LoRAMergedLinear.from_linear(_linear(model, attention.qkv), rank, slices, **options)
+            yield Instead(attention.qkv, merged)
+        for target in targets:
+            if target not in sliced:
+                name = _named(block, attention, target, "lora")
+                yield Instead(name, LoRALinear.from_linear(_linear(model, name), rank, **options))
 
 
 def ia3(model: nn.Module, block: Block, **options: Any) -> Insertions:
     """On keys and values of every attention, and on what the feed-forward part's last linear reads."""
-    for name in _linears(block, ("key", "value"), "ia3"):
-        yield Instead(name, IA3Linear.from_linear(_linear(model, name), side="output", **options))
+    for attention in block.attentions:
+        for target in ("key", "value"):
+            name = _named(block, attention, target, "ia3")
+            yield Instead(name, IA3Linear.from_linear(_linear(model, name), side="output", **options))
     down = block.feed_forward.down
     yield Instead(down, IA3Linear.from_linear(_linear(model, down), side="input", **options))
 
@@ -129,12 +142,27 @@ def _linear(model: nn.Module, name: str) -> Any:
     return model.get_submodule(name)
 
 
-def _linears(block: Block, targets: Sequence[str], method: str) -> Iterator[str]:
-    for attention in block.attentions:
-        for target in targets:
-            name = getattr(attention, target, None)
-            if name is None:
-                has = [t for t in ("query", "key", "value", "output", "qkv") if getattr(attention, t)]
-                where = f"the attention in {block.name!r}, which has {has}"
-                raise ValueError(f"attach: {method} wants a linear {target!r} of {where}")
-            yield name
+def _named(block: Block, attention: Attention, target: str, method: str) -> str:
+    """The name of a linear of an attention."""
+    name = getattr(attention, target, None)
+    if name is None:
+        has = [t for t in (*_QKV, "output", "qkv") if getattr(attention, t)]
+        where = f"the attention in {block.name!r}, which has {has}"
+        raise ValueError(f"attach: {method} wants a linear {target!r} of {where}")
+    return name
+
+
+def _slices(model: nn.Module, attention: Attention, targets: Sequence[str]) -> list[tuple[int, int]]:
+    """Where in the output of `qkv` these are: the output linear reads as much as there is of queries, and of keys and
+    values there may be less (grouped queries)."""
+    assert attention.qkv is not None and attention.output is not None  # no block of ours is without
+    total, queries = _sides(_linear(model, attention.qkv))[1], _sides(_linear(model, attention.output))[0]
+    rest = (total - queries) // 2
+    bounds = (0, queries, queries + rest, total)
+    return [(bounds[i], bounds[i + 1]) for i in map(_QKV.index, targets)]
+
+
+def _sides(linear: Any) -> tuple[int, int]:
+    """d_in and d_out."""
+    d_in, d_out = linear.weight.shape[:: 1 if is_conv1d(linear) else -1]
+    return d_in, d_out

@@ -7,6 +7,7 @@ from petl_kernels.nn.channel_linear import ChannelLinear
 from petl_kernels.nn.ia3 import IA3Linear
 from petl_kernels.nn.layer_norm import LayerNorm
 from petl_kernels.nn.lora import LoRALinear
+from petl_kernels.nn.lora_merged import LoRAMergedLinear
 from petl_kernels.nn.mam import MAM
 from petl_kernels.nn.multi_head_parallel import MultiHeadParallelAdapter
 from petl_kernels.nn.parallel import AdaptFormer, LowRankPAL, ParallelAdapter, PfeifferAdapter
@@ -22,6 +23,7 @@ __all__ = [
     "IA3Linear",
     "LayerNorm",
     "LoRALinear",
+    "LoRAMergedLinear",
     "LowRankPAL",
     "MultiHeadParallelAdapter",
     "ParallelAdapter",

@@ -75,6 +75,15 @@ def _has_tangent(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
+def opaque(call: Sequence[Any]) -> bool:
+    """Whether a function of autograd of our own could not run this call: a transform, tangents, wrapper tensors."""
+    return (
+        _in_transform()
+        or _wrapper(call) is not None
+        or (forward_ad._current_level >= 0 and any(map(_has_tangent, call)))
+    )
+
+
 _import_failures: dict[str, str | None] = {}
 
 
