@@ -28,6 +28,7 @@ IDENTITY = {
     "lora": dict(rank=3),
     "ia3": {},
     "sct": dict(k=4, scale=0.0),
+    "diff_pruning": {},
     "layer_norm": {},
 }
 PLACED = [name for name, method in METHODS.items() if method.place is not None]
@@ -39,6 +40,8 @@ def refusal(kind: str, method: str) -> str | None:
         return "post-LN"
     if (method == "lora" and kind in TORCH) or (method == "ia3" and kind in (*TORCH, *FUSED_QKV)):
         return "wants a linear"
+    if method == "diff_pruning" and kind in (*TORCH, "gpt2"):
+        return "wants an nn.Linear, and .* has none" if kind == "gpt2" else "reads weights without calling them"
     if method == "layer_norm" and kind in ("llama", "phi3"):
         return "finds nothing to train in (Llama|Phi3)Model"  # whose norms are a class of its own
     return None
@@ -210,9 +213,14 @@ def test_computes_its_formula_in_a_vit(method):
 def test_the_table_counts_what_is_attached(kind, method):
     model = make(kind)
     inserted = {n: p for n, p in model.named_parameters()}
+    linears = [m for m in model.get_submodule(find_blocks(model)[0].name).modules() if isinstance(m, nn.Linear)]
+    parts = dict(p=sum(m.weight.numel() for m in linears), o=sum(m.out_features for m in linears))
+    parts["b"] = sum(m.out_features for m in linears if m.bias is not None)
     report = attach(model, method, **IDENTITY[method])
     own = sum(model.get_parameter(name).numel() for name in report.trained if name not in inserted)
-    sizes = dict(d=D, f=FF, a=1, s=2, r=IDENTITY[method].get("bottleneck", IDENTITY[method].get("rank", 0)), k=4)
+    sizes = dict(
+        d=D, f=FF, a=1, s=2, r=IDENTITY[method].get("bottleneck", IDENTITY[method].get("rank", 0)), k=4, **parts
+    )
     assert own == LAYERS * METHODS[method].count(**sizes)
 
 
@@ -254,7 +262,7 @@ def test_published_shares():
 
 
 # --- A model like any other -----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("method", ["houlsby", "pfeiffer", "parallel", "lora", "ia3"])
+@pytest.mark.parametrize("method", ["houlsby", "pfeiffer", "parallel", "lora", "ia3", "diff_pruning"])
 def test_copies(method):
     model = make("bert")
     shaken(model, attach(model, method, **IDENTITY[method]).trained)

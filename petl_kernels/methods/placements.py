@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from petl_kernels._names import match
 from petl_kernels.methods.blocks import Attention, Block
 from petl_kernels.methods.insertions import After, Around, Beside, Insertion, Instead
 from petl_kernels.nn import (
@@ -14,6 +15,7 @@ from petl_kernels.nn import (
     AdaptFormer,
     BottleneckAdapter,
     ChannelAdapter,
+    DiffPruningLinear,
     IA3Linear,
     LoRALinear,
     LoRAMergedLinear,
@@ -107,6 +109,21 @@ def sct(
     chosen = range(k or 0) if channels is None else channels[block.name]
     adapter = _OnStream(ChannelAdapter(block.width, chosen, **options))
     yield Beside(block.attentions[0].branch, _like(model, block, adapter), block.name)
+
+
+def diff_pruning(model: nn.Module, block: Block, *, targets: str | Sequence[str] = "*", **options: Any) -> Insertions:
+    """On all linears of the block, or those that `targets` match by their names in it."""
+    module = model.get_submodule(block.name)
+    if isinstance(module, nn.TransformerEncoderLayer):  # nothing there may be replaced: its fast path reads weights
+        raise ValueError(
+            f"attach: diff_pruning replaces linears, and {block.name!r} reads weights without calling them"
+        )
+    found = [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
+    if not found:
+        raise ValueError(f"attach: diff_pruning wants an nn.Linear, and {block.name!r} has none")
+    for name in match("attach", "targets", targets, found):
+        full = f"{block.name}.{name}" if block.name else name
+        yield Instead(full, DiffPruningLinear.from_linear(_linear(model, full), **options))
 
 
 def nothing(model: nn.Module, block: Block) -> Insertions:

@@ -21,7 +21,8 @@ class Method:
         where: the representation that is changed.
         composition: how the change enters h.
         parameters: how many train in one block: an expression in d (the model's width), f (the feed-forward part's), a
-            (attention sub-layers of the block), s (all its sub-layers) and the method's own options.
+            (attention sub-layers of the block), s (all its sub-layers), p, b and o (weights, biases and outputs of its
+            linears) and the method's own options.
         source: the paper.
         place: `(model, block, **options) -> insertions`, or None where `attach` cannot place it and `module` has to be
             called by the model.
@@ -162,6 +163,17 @@ for _method in (
         "arXiv:2309.08513",
         placements.sct,
         "ChannelAdapter",
+    ),
+    Method(
+        "diff_pruning",
+        "z w",
+        "in place",
+        "linears, entries z_e and rows z_r: z = z_e z_r",
+        "(W + dh) x",
+        "2*(p + b) + o",
+        "arXiv:2012.07463",
+        placements.diff_pruning,
+        "DiffPruningLinear",
     ),
     Method(
         "layer_norm",

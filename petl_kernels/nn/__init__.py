@@ -4,6 +4,7 @@ from petl_kernels.nn.adapter_plus import AdapterPlus
 from petl_kernels.nn.bottleneck_adapter import BottleneckAdapter
 from petl_kernels.nn.channel_adapter import ChannelAdapter
 from petl_kernels.nn.channel_linear import ChannelLinear
+from petl_kernels.nn.diff_pruning import DiffPruningLinear, expected_l0, project_diffs
 from petl_kernels.nn.ia3 import IA3Linear
 from petl_kernels.nn.layer_norm import LayerNorm
 from petl_kernels.nn.lora import LoRALinear
@@ -20,6 +21,7 @@ __all__ = [
     "BottleneckAdapter",
     "ChannelAdapter",
     "ChannelLinear",
+    "DiffPruningLinear",
     "IA3Linear",
     "LayerNorm",
     "LoRALinear",
@@ -29,4 +31,6 @@ __all__ = [
     "ParallelAdapter",
     "PfeifferAdapter",
     "PrefixAdapter",
+    "expected_l0",
+    "project_diffs",
 ]
