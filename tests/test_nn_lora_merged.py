@@ -105,6 +105,13 @@ def test_frozen_subsets(frozen, dropout):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+def test_a_bias_and_a_weight_that_train_again():
+    module, value = trained(torch.float64), x(dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in (module.weight, module.bias, module.w_down, module.w_up)]
+    for ours, theirs in zip(gradients(module(value), leaves), gradients(formula(module, value), leaves)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
 def test_launches():
     module = trained()
     value = x().requires_grad_()

@@ -106,7 +106,7 @@ class DiffPruningLinear(nn.Module):
             groups: "rows" (outputs), "columns" (inputs), "tensor" (the paper's structured form), or None for gates of
                 entries alone.
             elements: whether entries have gates of their own; without them groups open and close whole.
-            alpha: where the gates start: 5 opens 98 % of them in full.
+            alpha: where the gates start: 5 opens 97 % of them in full.
             temperature: of the concrete distribution; 1 in the authors' code.
             stretch: (low, high), the interval that is clamped to [0, 1].
             dtype: of what trains; None for the weight's, or float32 where that is a half-precision one.
@@ -257,7 +257,8 @@ class DiffPruningLinear(nn.Module):
 
         def gate(alpha: Tensor) -> Tensor:
             if drawn:  # u = 0 or 1 would be an infinite logit, and NaN beside a fixed gate
-                u = torch.rand_like(alpha).clamp(1e-6, 1 - 1e-6)
+                eps = torch.finfo(alpha.dtype).eps
+                u = torch.rand_like(alpha).clamp(eps, 1 - eps)
                 alpha = (u.logit() + alpha) / self.temperature
             return (torch.sigmoid(alpha) * (high - low) + low).clamp(0, 1)
 

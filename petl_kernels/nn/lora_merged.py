@@ -121,7 +121,8 @@ class LoRAMergedLinear(nn.Module):
         weight = self.weight.t() if self.fan_in_fan_out else self.weight
         dropped = F.dropout(x, self.dropout) if self.training and self.dropout else None
         call = (x, dropped, weight, self.bias, self.w_down, self.w_up)
-        if asked_for(self.impl) == REFERENCE or opaque(call):
+        trains = weight.requires_grad or (self.bias is not None and self.bias.requires_grad)  # unfrozen again
+        if trains or asked_for(self.impl) == REFERENCE or opaque(call):
             return _reference(*call, self.slices, self.scale)
         return _Branches.apply(*call, self.slices, self.scale)
 
