@@ -26,9 +26,10 @@ class PrefixAdapter(nn.Module):
     for attention implementations that return the log-sum-exp of their scores. q carries its scale in both places.
 
     Args:
-        d_model: width d of the attention layer.
-        heads: its number of heads, a divisor of d.
+        d_model: width d of the attention layer's keys.
+        heads: its number of key heads, a divisor of d.
         length: number l of prefix tokens.
+        groups: query heads of each key head: 1, or more in grouped-query attention, where d is less than the model's.
         reparametrization: width h of the network that makes P_k and P_v while they train, Embedding(l, d) ->
             Linear(d, h) -> Tanh -> Linear(h, 2 d), its first d outputs being P_k; or None for plain parameters.
             He et al. use 800. They share embedding and first layer among all layers of one kind of attention; here
@@ -54,6 +55,7 @@ class PrefixAdapter(nn.Module):
         heads: int,
         length: int = 30,
         *,
+        groups: int = 1,
         reparametrization: int | None = 800,
         dropout: float = 0.0,
         device: torch.device | str | None = None,
@@ -62,11 +64,12 @@ class PrefixAdapter(nn.Module):
         super().__init__()
         check_heads("PrefixAdapter", d_model, heads)
         check_size("PrefixAdapter", "length", length)
+        check_size("PrefixAdapter", "groups", groups)
         if reparametrization is not None:
             check_size("PrefixAdapter", "reparametrization", reparametrization, "None or ")
         check_probability("PrefixAdapter", "dropout", dropout)
         self.d_model, self.heads, self.d_head, self.length = d_model, heads, d_model // heads, length
-        self.reparametrization, self.dropout = reparametrization, float(dropout)
+        self.groups, self.reparametrization, self.dropout = groups, reparametrization, float(dropout)
         if (h := reparametrization) is None:
             self.key = nn.Parameter(torch.empty(length, d_model, device=device, dtype=dtype))
             self.value = nn.Parameter(torch.empty(length, d_model, device=device, dtype=dtype))
@@ -100,41 +103,50 @@ class PrefixAdapter(nn.Module):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        *,
         attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
         is_causal: bool = False,
+        *,
         scale: float | None = None,
+        enable_gqa: bool = False,
     ) -> Tensor:
         """Attention over the prefix and the given keys; every query sees the whole prefix.
 
-        P is cast to the dtypes of `key` and `value`. Without a mask none is made. With `is_causal` one of
-        [tokens, l + keys] is made, because PyTorch's own flag cannot be shifted by the prefix.
+        Takes what `torch.nn.functional.scaled_dot_product_attention` takes. P is cast to the dtypes of `key` and
+        `value`. Without a mask none is made. With `is_causal` one of [tokens, l + keys] is made, because PyTorch's own
+        flag cannot be shifted by the prefix.
 
         Args:
-            query: [batch, heads, tokens, d_head], float32, bfloat16, float16 or float64.
-            key, value: [batch, heads, keys, d_head]; `keys` may differ from `tokens`.
-            attn_mask: of the given keys alone, broadcastable to [batch, heads, tokens, keys], of 2 to 4 dimensions:
-                bool, True where a query sees a key, or floating point, added to the scores. A query that sees no key
-                attends to the prefix only.
+            query: [batch, groups heads, tokens, d_head], float32, bfloat16, float16 or float64.
+            key, value: of query's heads, [batch, groups heads, keys, d_head], or with `enable_gqa` of fewer,
+                [batch, heads, keys, d_head]; `keys` may differ from `tokens`.
+            attn_mask: of the given keys alone, broadcastable to [batch, groups heads, tokens, keys], of 2 to 4
+                dimensions: bool, True where a query sees a key, or floating point, added to the scores. A query that
+                sees no key attends to the prefix only.
+            dropout_p: of the attention weights, those of the prefix among them.
             is_causal: query i sees keys 0 to i, counted without the prefix, as PyTorch's `is_causal` has it whatever
                 the two numbers.
             scale: of the scores; None for 1 / sqrt(d_head).
+            enable_gqa: key and value have one head for each `groups` of query's.
 
         Returns:
-            [batch, heads, tokens, d_head].
+            [batch, groups heads, tokens, d_head].
 
         Raises:
             ValueError: a shape or device that does not fit, or `attn_mask` beside `is_causal`.
             TypeError: not a floating-point tensor, float64 beside another dtype, a mask of integers.
         """
         self._check("query", query)
-        self._check("key", key, batch=query.shape[0])
-        self._check("value", value, batch=query.shape[0], tokens=key.shape[2])
+        heads = self.heads if enable_gqa else self.heads * self.groups
+        self._check("key", key, batch=query.shape[0], heads=heads)
+        self._check("value", value, batch=query.shape[0], tokens=key.shape[2], heads=heads)
         mask = self._mask(query, key, attn_mask, is_causal)
-        prefix_key, prefix_value = self._for_batch(query.shape[0])
+        prefix_key, prefix_value = self._for_batch(query.shape[0], heads)
         keys = torch.cat((prefix_key.to(key.dtype), key), -2)
         values = torch.cat((prefix_value.to(value.dtype), value), -2)
-        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)
+        return F.scaled_dot_product_attention(
+            query, keys, values, attn_mask=mask, dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa
+        )
 
     def gate(self, query: Tensor, output: Tensor, logsumexp: Tensor, scale: float | None = None) -> Tensor:
         """`(1 - lam) output + lam softmax(q P_k^T) P_v` with `lam = sigmoid(logsumexp(q P_k^T) - logsumexp)`.
@@ -148,15 +160,16 @@ class PrefixAdapter(nn.Module):
         flex_attention does not).
 
         Args:
-            query: [batch, heads, tokens, d_head].
+            query: [batch, groups heads, tokens, d_head].
             output: what attention over the given keys gave, like query.
-            logsumexp: natural logarithm of the sum of the exponentials of its scaled scores, [batch, heads, tokens].
-                An infinite one, of either sign (flash-attention writes +inf), marks a query that saw no key: lam is 1,
-                and its `output` is not read. PyTorch's CPU kernel writes 0 there, which says nothing: write -inf.
+            logsumexp: natural logarithm of the sum of the exponentials of its scaled scores, [batch, groups heads,
+                tokens]. An infinite one, of either sign (flash-attention writes +inf), marks a query that saw no key:
+                lam is 1, and its `output` is not read. PyTorch's CPU kernel writes 0 there, which says nothing: write
+                -inf.
             scale: of the scores, that of the attention; None for 1 / sqrt(d_head).
 
         Returns:
-            [batch, heads, tokens, d_head] in output's dtype.
+            [batch, groups heads, tokens, d_head] in output's dtype.
 
         Raises:
             ValueError, TypeError: as `forward`.
@@ -165,7 +178,7 @@ class PrefixAdapter(nn.Module):
         self._check("output", output, batch=query.shape[0], tokens=query.shape[2])
         check_tensor("PrefixAdapter", "logsumexp", logsumexp, query, "query")
         check_shape("PrefixAdapter", "logsumexp", logsumexp, tuple(query.shape[:3]), "[batch, heads, tokens]")
-        key, value = self._for_batch(query.shape[0])
+        key, value = self._for_batch(query.shape[0], query.shape[1])
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         key, value = key.to(dtype), value.to(dtype)
         key = key * (1 / math.sqrt(self.d_head) if scale is None else scale)  # l x d, less than query or scores
@@ -191,6 +204,7 @@ class PrefixAdapter(nn.Module):
             self.d_model,
             self.heads,
             self.length,
+            groups=self.groups,
             reparametrization=None,
             dropout=self.dropout,
             device="meta",
@@ -207,6 +221,7 @@ class PrefixAdapter(nn.Module):
 
     def extra_repr(self) -> str:
         text = f"{self.d_model}, {self.heads}, {self.length}, reparametrization={self.reparametrization}"
+        text += f", groups={self.groups}" if self.groups > 1 else ""
         return f"{text}, dropout={self.dropout}" if self.dropout else text
 
     def _prefix(self) -> tuple[Tensor, Tensor]:
@@ -219,10 +234,11 @@ class PrefixAdapter(nn.Module):
     def _by_heads(self, prefix: Tensor) -> Tensor:
         return prefix.unflatten(-1, (self.heads, self.d_head)).transpose(0, 1)
 
-    def _for_batch(self, batch: int) -> tuple[Tensor, Tensor]:
-        """P_k and P_v for each sequence, [batch, heads, length, d_head], after dropout."""
-        key, value = (p.expand(batch, -1, -1, -1) for p in self.keys_values())
-        return F.dropout(key, self.dropout, self.training), F.dropout(value, self.dropout, self.training)
+    def _for_batch(self, batch: int, heads: int) -> tuple[Tensor, Tensor]:
+        """P_k and P_v for each sequence and so many heads, [batch, heads, length, d_head], after dropout."""
+        pair = (F.dropout(p.expand(batch, -1, -1, -1), self.dropout, self.training) for p in self.keys_values())
+        key, value = (p if heads == self.heads else p.repeat_interleave(self.groups, 1) for p in pair)
+        return key, value
 
     def _mask(self, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor | None:
         """The mask of the prefix and the given keys together."""
@@ -244,10 +260,12 @@ class PrefixAdapter(nn.Module):
         mask = mask.expand(*mask.shape[:-1], keys)
         return F.pad(mask, (self.length, 0), value=1.0 if mask.dtype == torch.bool else 0.0)
 
-    def _check(self, name: str, value: Any, batch: int | None = None, tokens: int | None = None) -> None:
-        """A tensor [batch, heads, tokens, d_head] on the device of the parameters; None fits any size."""
+    def _check(
+        self, name: str, value: Any, batch: int | None = None, tokens: int | None = None, heads: int | None = None
+    ) -> None:
+        """A tensor [batch, heads, tokens, d_head] on the parameters' device. None: any size, or query's heads."""
         check_tensor("PrefixAdapter", name, value, next(self.parameters()), "the prefix")
-        wanted = (batch, self.heads, tokens, self.d_head)
+        wanted = (batch, self.heads * self.groups if heads is None else heads, tokens, self.d_head)
         if value.dim() != 4 or any(w is not None and w != n for w, n in zip(wanted, value.shape)):
             shown = ", ".join("*" if w is None else str(w) for w in wanted)
             words = "[batch, heads, tokens, d_head]"
