@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -107,6 +108,7 @@ def attach(
             raise ValueError(f"attach: {chosen.name} finds nothing to train in {type(model).__name__}")
         for each in insertions:
             removals.append(each.insert(model))
+        removals.append(_keep_padding(model))
     except BaseException:
         for remove in reversed(removals):
             remove()
@@ -132,6 +134,21 @@ def detach(model: nn.Module) -> None:
     if model not in _attached:
         raise ValueError("detach: no method is attached to this model")
     _attached[model].detach()
+
+
+def _keep_padding(model: nn.Module) -> Callable[[], None]:
+    """Have nn.TransformerEncoder pass padded batches as they are, until the function that is returned is called.
+
+    In inference it packs them as nested tensors, for a fast path that is off where there are hooks.
+    """
+    packing = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor]
+
+    def pack(use: bool) -> None:
+        for encoder in packing:
+            encoder.use_nested_tensor = use
+
+    pack(False)
+    return partial(pack, True)
 
 
 def _chosen(method: str | Method) -> Method:
