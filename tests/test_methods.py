@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers_models import FF, HEADS, LAYERS, MODELS, D, make, run, without_memory
+from transformers_models import FF, HEADS, LAYERS, MODELS, D, branch, make, run, shaken, without_memory
 
 import petl_kernels
 from petl_kernels.methods import METHODS, After, Method, attach, detach, find_blocks, register
@@ -30,6 +30,9 @@ IDENTITY = {
     "sct": dict(k=4, scale=0.0),
     "diff_pruning": {},
     "layer_norm": {},
+    "multi_head_parallel": dict(bottleneck=4, init="lora"),
+    "prefix": dict(length=3),  # no prefix is the identity
+    "mam": dict(prefix_length=3, bottleneck=4),
 }
 PLACED = [name for name, method in METHODS.items() if method.place is not None]
 
@@ -48,15 +51,6 @@ def refusal(kind: str, method: str) -> str | None:
 
 
 PAIRS = [(kind, method) for kind in MODELS for method in PLACED]
-
-
-def shaken(model: nn.Module, trained: list[str]) -> nn.Module:
-    """The model, with random numbers added to what trains."""
-    generator = torch.Generator().manual_seed(2)
-    for name in trained:
-        p = model.get_parameter(name)
-        p.data += 0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
-    return model
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -80,7 +74,10 @@ def test_starts_as_the_model_and_leaves_it_as_it_was(kind, method):
             attach(model, method, **IDENTITY[method])
     else:
         report = attach(model, method, **IDENTITY[method])
-        torch.testing.assert_close(run(model), before, rtol=0, atol=1e-14)
+        if method in ("prefix", "mam"):
+            assert not torch.equal(run(model), before)
+        else:
+            torch.testing.assert_close(run(model), before, rtol=0, atol=1e-14)
         assert set(keys) <= set(model.state_dict())
         assert report.trained == [name for name, p in model.named_parameters() if p.requires_grad] != []
         assert all(name in str(report) for name in report.inserted)
@@ -99,11 +96,6 @@ def test_starts_as_the_model_and_leaves_it_as_it_was(kind, method):
 
 
 # --- What each computes, as transcriptions of the blocks of BERT and ViT ---------------------------------------------
-def branch(adapter: BottleneckAdapter, x: torch.Tensor, act=F.relu) -> torch.Tensor:
-    u = act(x @ adapter.w_down.T + adapter.b_down) @ adapter.w_up.T + adapter.b_up
-    return adapter.scale * u
-
-
 def bert_block(layer: nn.Module, x: torch.Tensor, attention=lambda h: h, ffn=lambda a, h: h, norm=None) -> torch.Tensor:
     """A BERT layer with functions of the sub-layers' outputs, and of the last norm's two arguments, put in."""
     out = layer.attention.output
@@ -219,7 +211,7 @@ def test_the_table_counts_what_is_attached(kind, method):
     report = attach(model, method, **IDENTITY[method])
     own = sum(model.get_parameter(name).numel() for name in report.trained if name not in inserted)
     sizes = dict(
-        d=D, f=FF, a=1, s=2, r=IDENTITY[method].get("bottleneck", IDENTITY[method].get("rank", 0)), k=4, **parts
+        d=D, f=FF, a=1, s=2, r=IDENTITY[method].get("bottleneck", IDENTITY[method].get("rank", 0)), k=4, l=3, **parts
     )
     assert own == LAYERS * METHODS[method].count(**sizes)
 
@@ -245,6 +237,14 @@ def test_the_table_counts_what_is_attached(kind, method):
         ("bart-large", "parallel", dict(bottleneck=200), 9_859_776),
         ("bart-large", "pfeiffer", dict(bottleneck=600, bias=False), 29_491_200),
         ("bart-large", "lora", dict(rank=200), 29_491_200),
+        ("bart-large", "prefix", dict(length=200), 14_745_600),
+        ("bart-large", "prefix", dict(length=512), 37_748_736),
+        ("bart-large", "mam", dict(prefix_length=30, bottleneck=512, bias=False), 27_377_664),
+        ("bart-large", "mam", {}, 27_414_528),
+        # With the layer norms of their code, 73,728; a network for each attention; a learned scalar for each adapter.
+        ("bart-large", "multi_head_parallel", dict(bottleneck=512), 37_748_736 + 73_728),
+        ("bart-large", "prefix", dict(reparametrization=800), 36 * (30 * 1024 + 1024 * 800 + 800 + 800 * 2048 + 2048)),
+        ("bart-large", "parallel", dict(bottleneck=512, bias=False, scale="learned"), 25_165_824 + 24),
         # SCT: 0.11M at K = 96, 0.44M at K = 192.
         *(("vit", "sct", dict(k=k), 12 * (k * k + k)) for k in (32, 96, 192, 384)),
     ],
@@ -256,6 +256,10 @@ def test_published_parameter_counts(model, method, options, count):
 
 
 def test_published_shares():
+    """He et al. print percents of BART large, cut to a decimal."""
+    counts = {14_745_600: 3.6, 37_748_736: 9.2, 9_830_400: 2.4, 25_165_824: 6.1, 50_331_648: 12.3}
+    counts |= {29_491_200: 7.2, 25_067_520: 6.1, 27_377_664: 6.7, 27_279_360: 6.7}
+    assert all(1000 * count // 406_291_456 == round(10 * share) for count, share in counts.items())
     sizes = {name: sum(p.numel() for p in without_memory(name).parameters()) for name in ("bert-base", "bert-large")}
     assert sizes == {"bert-base": 109_482_240, "bert-large": 335_141_888}
     assert sum(p.numel() for p in without_memory("bart-large").parameters()) == 406_291_456
@@ -348,7 +352,8 @@ def test_a_method_of_ones_own():
     "kind, method, options, error, message",
     [
         ("bert", "hulsby", {}, ValueError, r"attach: method must be one of \('houlsby', .*\), got 'hulsby'"),
-        ("bert", "prefix", {}, ValueError, r"attach: prefix has to be called .* petl_kernels\.nn\.PrefixAdapter"),
+        ("bert", "prefix", dict(length=0), ValueError, "PrefixAdapter: length must be an integer of at least 1, got 0"),
+        ("bert", "mam", dict(length=3), TypeError, "length"),
         ("bert", "houlsby", dict(width=3), TypeError, "width"),
         ("bert", "houlsby", dict(bottleneck=0), ValueError, "bottleneck must be an integer of at least 1, got 0"),
         ("bert", "houlsby", dict(keep_trainable="head.*"), ValueError, r"keep_trainable 'head\.\*' matches nothing"),

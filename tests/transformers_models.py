@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import transformers
 from torch import Tensor, nn
+
+from petl_kernels.nn import BottleneckAdapter
 
 D, FF, LAYERS, HEADS = 16, 32, 2, 2
 _BERT = dict(hidden_size=D, num_hidden_layers=LAYERS, num_attention_heads=HEADS, intermediate_size=FF)
@@ -17,11 +21,12 @@ class TimmBlock(nn.Module):
     class Attention(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.qkv, self.proj = nn.Linear(D, 3 * D), nn.Linear(D, D)
+            self.num_heads, self.qkv, self.proj = HEADS, nn.Linear(D, 3 * D), nn.Linear(D, D)
 
         def forward(self, x: Tensor) -> Tensor:
-            q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-            return self.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+            q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+            y = nn.functional.scaled_dot_product_attention(q, k, v)
+            return self.proj(y.transpose(1, 2).reshape(x.shape))
 
     class Mlp(nn.Module):
         def __init__(self) -> None:
@@ -95,6 +100,21 @@ def run(model: nn.Module) -> Tensor:
     if isinstance(model, transformers.PreTrainedModel):
         return model(torch.randint(2, 50, (2, 5), generator=generator)).last_hidden_state
     return model(torch.randn(2, 5, D, generator=generator).to(dtype))
+
+
+def shaken(model: nn.Module, trained: list[str]) -> nn.Module:
+    """The model, with random numbers added to what trains."""
+    generator = torch.Generator().manual_seed(2)
+    for name in trained:
+        p = model.get_parameter(name)
+        p.data += 0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    return model
+
+
+def branch(adapter: BottleneckAdapter, x: Tensor, act: Callable[[Tensor], Tensor] = nn.functional.relu) -> Tensor:
+    """What a bottleneck adapter adds."""
+    u = act(x @ adapter.w_down.T + adapter.b_down) @ adapter.w_up.T + adapter.b_up
+    return adapter.scale * u
 
 
 def without_memory(name: str) -> nn.Module:

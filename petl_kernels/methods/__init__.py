@@ -6,6 +6,7 @@ report.detach()
 """
 
 from petl_kernels.methods.attach import Attached, attach, detach
+from petl_kernels.methods.attention import Inside, OnHeads
 from petl_kernels.methods.blocks import Attention, Block, FeedForward, find_blocks
 from petl_kernels.methods.insertions import After, Around, Beside, Insertion, Instead
 from petl_kernels.methods.registry import METHODS, Method, register
@@ -20,8 +21,10 @@ __all__ = [
     "Block",
     "FeedForward",
     "Insertion",
+    "Inside",
     "Instead",
     "Method",
+    "OnHeads",
     "attach",
     "detach",
     "find_blocks",

@@ -15,11 +15,13 @@ class Attention:
 
     Attributes:
         branch: whose output is the sub-layer's, before it is added to the residual.
+        core: that computes the heads; its first argument is the sub-layer's input, and `query` or `qkv` are within it.
         query, key, value, output: its linears, None where it has no such linear that is called: `qkv` is one for all
             three, in this order, and nn.MultiheadAttention reads its weights without calling any.
     """
 
     branch: str
+    core: str
     query: str | None = None
     key: str | None = None
     value: str | None = None
@@ -69,7 +71,7 @@ class Block:
 
 def _bart(*attentions: str) -> Block:
     found = tuple(
-        Attention(f"{a}.out_proj", f"{a}.q_proj", f"{a}.k_proj", f"{a}.v_proj", f"{a}.out_proj") for a in attentions
+        Attention(f"{a}.out_proj", a, f"{a}.q_proj", f"{a}.k_proj", f"{a}.v_proj", f"{a}.out_proj") for a in attentions
     )
     return Block(found, FeedForward("fc2", "fc1", "fc2"))
 
@@ -80,6 +82,7 @@ _BERT = Block(
     (
         Attention(
             "attention.output.dropout",
+            "attention.self",
             "attention.self.query",
             "attention.self.key",
             "attention.self.value",
@@ -93,6 +96,7 @@ _VIT = Block(
     (
         Attention(
             "attention.output.dropout",
+            "attention.attention",
             "attention.attention.query",
             "attention.attention.key",
             "attention.attention.value",
@@ -103,27 +107,36 @@ _VIT = Block(
     stream="layernorm_after",
 )
 _LLAMA = Block(
-    (Attention("self_attn.o_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),),
+    (
+        Attention(
+            "self_attn.o_proj",
+            "self_attn",
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+            "self_attn.o_proj",
+        ),
+    ),
     FeedForward("mlp", "mlp", "mlp.down_proj"),
     stream="post_attention_layernorm",
 )
 # Phi-3 is named as Llama, with one linear for queries, keys and values.
 _PHI = Block(
-    (Attention("resid_attn_dropout", output="self_attn.o_proj", qkv="self_attn.qkv_proj"),),
+    (Attention("resid_attn_dropout", "self_attn", output="self_attn.o_proj", qkv="self_attn.qkv_proj"),),
     FeedForward("resid_mlp_dropout", "mlp", "mlp.down_proj"),
     stream="post_attention_layernorm",
 )
 _GPT2 = Block(
-    (Attention("attn.resid_dropout", output="attn.c_proj", qkv="attn.c_attn"),),
+    (Attention("attn.resid_dropout", "attn", output="attn.c_proj", qkv="attn.c_attn"),),
     FeedForward("mlp", "mlp", "mlp.c_proj"),
     stream="ln_2",
 )
 _TIMM = Block(
-    (Attention("attn", output="attn.proj", qkv="attn.qkv"),),
+    (Attention("attn", "attn", output="attn.proj", qkv="attn.qkv"),),
     FeedForward("mlp", "mlp", "mlp.fc2"),
     stream="norm2",
 )
-_TORCH = Block((Attention("dropout1"),), FeedForward("dropout2", "linear1", "linear2"), norm="norm2")
+_TORCH = Block((Attention("dropout1", "self_attn"),), FeedForward("dropout2", "linear1", "linear2"), norm="norm2")
 _KNOWN = (_BERT, _VIT, _LLAMA, _bart("self_attn", "encoder_attn"), _bart("self_attn"), _TIMM, _PHI, _GPT2)
 
 

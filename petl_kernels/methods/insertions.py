@@ -1,4 +1,5 @@
 """How a method's module enters a model: behind a module of it, beside a stretch, around a norm, instead of a linear.
+`attention.py` has the places inside an attention.
 
 A module that is added becomes a child of the one at which it acts, under the name `petl`, and is called from a hook.
 The model's own parameters keep their names. Deepcopy, pickle and activation checkpointing work, because a hook reads
@@ -50,17 +51,14 @@ class Beside(Insertion):
     start: str
 
     def insert(self, model: nn.Module) -> Callable[[], None]:
-        site, start = _occupy(model, self.at, self.module), model.get_submodule(self.start)
-        taken = _Input()
-        for holder in (site, start):
-            holder.add_module(_INPUT, taken)
+        site, start = occupy(model, self.at, self.module), model.get_submodule(self.start)
+        unlink = link(start, site)
         # Inputs first: where start and site are one module, its hooks run in this order.
         handles = (start.register_forward_pre_hook(_remember, with_kwargs=True), site.register_forward_hook(_beside))
 
         def remove() -> None:
-            _leave(site, *handles)
-            for holder in {site, start}:
-                del holder._modules[_INPUT]
+            leave(site, *handles)
+            unlink()
 
         return remove
 
@@ -80,8 +78,8 @@ class Instead(Insertion):
         return remove
 
 
-class _Input(nn.Module):
-    """Carries an input from where it enters to where it is needed; empty between forwards."""
+class _Carrier(nn.Module):
+    """Carries a tensor from where it comes up to where it is needed; empty between forwards."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +90,21 @@ class _Input(nn.Module):
         return value
 
 
-def _occupy(model: nn.Module, name: str, module: nn.Module) -> Any:
+def link(*holders: nn.Module) -> Callable[[], None]:
+    """Give modules a carrier in common, `petl_input`; the function that is returned takes it away."""
+    carrier = _Carrier()
+    for holder in holders:
+        holder.add_module(_INPUT, carrier)
+
+    def unlink() -> None:
+        for holder in {*holders}:
+            del holder._modules[_INPUT]
+
+    return unlink
+
+
+def occupy(model: nn.Module, name: str, module: nn.Module) -> Any:
+    """The module of that name, with `module` as its child `petl`."""
     site = model.get_submodule(name)
     if NAME in site._modules:
         raise ValueError(f"attach: {name!r} has a {type(site._modules[NAME]).__name__} already; detach first")
@@ -101,18 +113,24 @@ def _occupy(model: nn.Module, name: str, module: nn.Module) -> Any:
 
 
 def _hook(model: nn.Module, insertion: Insertion, hook: Callable[..., Any]) -> Callable[[], None]:
-    site = _occupy(model, insertion.at, insertion.module)
+    site = occupy(model, insertion.at, insertion.module)
     handle = site.register_forward_hook(hook)
-    return lambda: _leave(site, handle)
+    return lambda: leave(site, handle)
 
 
-def _leave(site: nn.Module, *handles: Any) -> None:
+def leave(site: nn.Module, *handles: Any) -> None:
+    """Take hooks and the child `petl` away."""
     for handle in handles:
         handle.remove()
     site._modules.pop(NAME, None)
 
 
-def _of_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The first argument, whether it has come by its name or not."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def of_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Attention modules return tuples, of which the first is the sub-layer's output."""
     if isinstance(output, (tuple, list)):
         return type(output)([change(output[0]), *output[1:]])
@@ -120,16 +138,16 @@ def _of_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _after(site: Any, args: Any, output: Any) -> Any:
-    return _of_first(output, site.petl)
+    return of_first(output, site.petl)
 
 
 def _remember(start: Any, args: Any, kwargs: Any) -> None:
-    start.petl_input.value = args[0] if args else next(iter(kwargs.values()))
+    start.petl_input.value = first(args, kwargs)
 
 
 def _beside(site: Any, args: Any, output: Any) -> Any:
     x = site.petl_input.take()
-    return _of_first(output, lambda branch: site.petl(x, branch))
+    return of_first(output, lambda branch: site.petl(x, branch))
 
 
 def _around(site: Any, args: Any, output: Tensor) -> Tensor:

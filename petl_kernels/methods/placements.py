@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from petl_kernels._names import match
+from petl_kernels.methods.attention import Inside, OnHeads
 from petl_kernels.methods.blocks import Attention, Block
 from petl_kernels.methods.insertions import After, Around, Beside, Insertion, Instead
 from petl_kernels.nn import (
@@ -20,7 +21,9 @@ from petl_kernels.nn import (
     LoRALinear,
     LoRAMergedLinear,
     LowRankPAL,
+    MultiHeadParallelAdapter,
     ParallelAdapter,
+    PrefixAdapter,
 )
 from petl_kernels.nn.lora_merged import is_conv1d
 
@@ -93,6 +96,49 @@ def ia3(model: nn.Module, block: Block, **options: Any) -> Insertions:
     yield Instead(down, IA3Linear.from_linear(_linear(model, down), side="input", **options))
 
 
+def prefix(
+    model: nn.Module, block: Block, *, length: int = 30, reparametrization: int | None = None, **options: Any
+) -> Insertions:
+    """Before keys and values of every attention. `reparametrization`: see `PrefixAdapter`; He et al. train with 800."""
+    for attention in block.attentions:
+        core: Any = model.get_submodule(attention.core)
+        _check_function(model, block, core)
+        heads, groups = _heads(block, core), getattr(core, "num_key_value_groups", 1)
+        width = _width(model, block, attention, "key")
+        adapter = PrefixAdapter(
+            width, heads // groups, length, groups=groups, reparametrization=reparametrization, **options
+        )
+        yield Inside(attention.core, _like(model, block, adapter))
+
+
+def multi_head_parallel(model: nn.Module, block: Block, *, bottleneck: int = 30, **options: Any) -> Insertions:
+    """Beside the heads of every attention, before its output projection."""
+    for attention in block.attentions:
+        heads = _heads(block, model.get_submodule(attention.core))
+        if (width := _width(model, block, attention, "query")) != block.width:
+            words = f"{attention.query or attention.qkv!r} makes {width} of {block.width}"
+            raise ValueError(f"attach: multi_head_parallel wants queries as wide as the model, and {words}")
+        adapter = MultiHeadParallelAdapter(block.width, heads, bottleneck, **options)
+        places = attention.query, attention.qkv, attention.output
+        yield OnHeads(attention.core, _like(model, block, adapter), *places)
+
+
+def mam(
+    model: nn.Module,
+    block: Block,
+    *,
+    prefix_length: int = 30,
+    reparametrization: int | None = None,
+    prefix_dropout: float = 0.0,
+    bottleneck: int = 512,
+    scale: float | str = 4.0,
+    **options: Any,
+) -> Insertions:
+    """`prefix` and `parallel`, by the names of `nn.MAM`."""
+    yield from prefix(model, block, length=prefix_length, reparametrization=reparametrization, dropout=prefix_dropout)
+    yield from parallel(model, block, bottleneck=bottleneck, scale=scale, **options)
+
+
 def sct(
     model: nn.Module,
     block: Block,
@@ -155,6 +201,35 @@ def _like(model: nn.Module, block: Block, module: nn.Module) -> nn.Module:
     return module.to(device=weight.device, dtype=weight.dtype)
 
 
+def _heads(block: Block, core: Any) -> int:
+    """The number of an attention's (query) heads."""
+    for owner, name in ((core, "num_heads"), (core, "num_attention_heads"), (_config(core), "num_attention_heads")):
+        if isinstance(heads := getattr(owner, name, None), int):
+            return heads
+    raise ValueError(f"attach: {type(core).__name__}, the attention in {block.name!r}, tells no number of heads")
+
+
+def _check_function(model: nn.Module, block: Block, core: Any) -> None:
+    """That an attention calls F.scaled_dot_product_attention, as far as can be told before it runs."""
+    runs = getattr(_config(core) or _config(model), "_attn_implementation", None)
+    obstacle = None
+    if runs not in (None, "sdpa"):
+        obstacle = f"runs {runs!r}; load the model with attn_implementation='sdpa'"
+    elif not getattr(core, "fused_attn", True):
+        obstacle = "has fused_attn off"
+    elif isinstance(core, nn.MultiheadAttention) and (
+        not core._qkv_same_embed_dim or core.bias_k is not None or core.add_zero_attn
+    ):
+        obstacle = "has widths or keys of its own (kdim, vdim, add_bias_kv, add_zero_attn)"
+    if obstacle is not None:
+        where = f"the attention in {block.name!r} {obstacle}"
+        raise ValueError(f"attach: prefixes act within F.scaled_dot_product_attention, and {where}")
+
+
+def _config(module: Any) -> Any:
+    return getattr(module, "config", None)
+
+
 def _linear(model: nn.Module, name: str) -> Any:
     return model.get_submodule(name)
 
@@ -177,6 +252,15 @@ def _slices(model: nn.Module, attention: Attention, targets: Sequence[str]) -> l
     rest = (total - queries) // 2
     bounds = (0, queries, queries + rest, total)
     return [(bounds[i], bounds[i + 1]) for i in map(_QKV.index, targets)]
+
+
+def _width(model: nn.Module, block: Block, attention: Attention, target: str) -> int:
+    """How wide an attention's queries or keys are."""
+    if attention.qkv is not None:
+        [(start, stop)] = _slices(model, attention, [target])
+        return stop - start
+    name = getattr(attention, target)
+    return block.width if name is None else _sides(_linear(model, name))[1]  # None: of nn.MultiheadAttention
 
 
 def _sides(linear: Any) -> tuple[int, int]:

@@ -194,7 +194,7 @@ for _method in (
         "(1 - lam) h + lam dh",
         "2*a*l*d",
         "arXiv:2101.00190",
-        None,
+        placements.prefix,
         "PrefixAdapter",
     ),
     Method(
@@ -205,7 +205,7 @@ for _method in (
         "h + s dh",
         "a*(2*d*r + 2*d)",
         "arXiv:2110.04366",
-        None,
+        placements.multi_head_parallel,
         "MultiHeadParallelAdapter",
     ),
     Method(
@@ -216,7 +216,7 @@ for _method in (
         "as these",
         f"2*a*l*d + {_ADAPTER}",
         "arXiv:2110.04366",
-        None,
+        placements.mam,
         "MAM",
     ),
 ):
