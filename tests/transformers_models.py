@@ -46,6 +46,31 @@ class TimmBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+class Vit5Block(nn.Module):
+    """A block with the names of the ViT of transformers 5, beside which the `adapters` library cannot be installed."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.num_attention_heads, self.q_proj, self.k_proj = HEADS, nn.Linear(D, D), nn.Linear(D, D)
+            self.v_proj, self.o_proj = nn.Linear(D, D), nn.Linear(D, D)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, None]:
+            split = (*x.shape[:2], HEADS, D // HEADS)
+            q, k, v = (f(x).view(split).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
+            y = nn.functional.scaled_dot_product_attention(q, k, v)
+            return self.o_proj(y.transpose(1, 2).reshape(x.shape)), None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layernorm_before, self.attention = nn.LayerNorm(D), Vit5Block.Attention()
+        self.layernorm_after, self.mlp = nn.LayerNorm(D), TimmBlock.Mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.layernorm_before(x))[0]
+        return x + self.mlp(self.layernorm_after(x))
+
+
 def _torch_encoder(norm_first: bool = False) -> nn.Module:
     layer = nn.TransformerEncoderLayer(D, HEADS, FF, dropout=0.0, batch_first=True, norm_first=norm_first)
     return nn.TransformerEncoder(layer, LAYERS, enable_nested_tensor=False)
@@ -75,6 +100,7 @@ MODELS = {
         encoder_ffn_dim=FF,
         decoder_ffn_dim=FF,
     ),
+    "vit-5": lambda: nn.Sequential(*(Vit5Block() for _ in range(LAYERS))),
     "timm": lambda: nn.Sequential(*(TimmBlock() for _ in range(LAYERS))),
     "torch": _torch_encoder,
     "torch-pre": lambda: _torch_encoder(norm_first=True),

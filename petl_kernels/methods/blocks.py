@@ -106,6 +106,21 @@ _VIT = Block(
     FeedForward("output.dropout", "intermediate", "output.dense"),
     stream="layernorm_after",
 )
+# That of transformers 5, whose dropout is one module for both branches.
+_VIT_5 = Block(
+    (
+        Attention(
+            "attention.o_proj",
+            "attention",
+            "attention.q_proj",
+            "attention.k_proj",
+            "attention.v_proj",
+            "attention.o_proj",
+        ),
+    ),
+    FeedForward("mlp", "mlp", "mlp.fc2"),
+    stream="layernorm_after",
+)
 _LLAMA = Block(
     (
         Attention(
@@ -137,7 +152,7 @@ _TIMM = Block(
     stream="norm2",
 )
 _TORCH = Block((Attention("dropout1", "self_attn"),), FeedForward("dropout2", "linear1", "linear2"), norm="norm2")
-_KNOWN = (_BERT, _VIT, _LLAMA, _bart("self_attn", "encoder_attn"), _bart("self_attn"), _TIMM, _PHI, _GPT2)
+_KNOWN = (_BERT, _VIT, _VIT_5, _LLAMA, _bart("self_attn", "encoder_attn"), _bart("self_attn"), _TIMM, _PHI, _GPT2)
 
 
 def find_blocks(model: nn.Module) -> list[Block]:
