@@ -7,7 +7,7 @@ namespace petl {
 
 enum class DType : int { kFloat32, kBFloat16, kFloat16, kFloat64 };
 
-enum class Activation : int { kRelu, kGelu, kGeluTanh, kSilu, kTanh, kSigmoid, kLeakyRelu, kIdentity };
+enum class Activation : int { kRelu, kGelu, kGeluTanh, kSilu, kTanh, kSigmoid, kLeakyRelu, kIdentity, kSoftmax };
 
 // Rows of a matrix with contiguous elements, `stride` elements from one row to the next; data is null when absent.
 // A vector is one row.
@@ -21,13 +21,23 @@ struct Rows {
 
 inline int64_t element_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
-// y = residual + scale * (act(x w_down^T + b_down) w_up^T + b_up). The dtypes of x, parameters and y are independent,
-// except that float64 mixes with nothing. `scale` has `scale_size` elements (1 or d_out) or is absent; alpha multiplies
-// it. z, when present, receives the pre-activation.
+// Elements are dropped with probability p, which ones being a function of *seed; absent where the seed is null.
+struct Dropout {
+  const int64_t* seed = nullptr;
+  double p = 0;
+
+  explicit operator bool() const { return seed != nullptr; }
+};
+
+// y = residual + gate * scale * (drop(act(x w_down^T + b_down)) w_up^T + b_up). The dtypes of x, parameters and y are
+// independent, except that float64 mixes with nothing. `scale` has `scale_size` elements (1 or d_out) or is absent; alpha
+// multiplies it. `gate`, when present, is n rows of one element. z, when present, receives the pre-activation, of a softmax
+// its value.
 struct BottleneckForward {
   int64_t n, d_in, r, d_out;
-  Rows x, w_down, b_down, w_up, b_up, residual, scale;
+  Rows x, w_down, b_down, w_up, b_up, residual, scale, gate;
   int64_t scale_size;
+  Dropout dropout;
   double alpha;
   Activation activation;
   Rows y, z;
@@ -37,12 +47,13 @@ struct BottleneckForward {
 // The gradients of the above, of which the absent ones are not computed. add_g: the residual was x, so dx includes g.
 struct BottleneckBackward {
   int64_t n, d_in, r, d_out;
-  Rows g, x, z, w_down, w_up, b_up, scale;
+  Rows g, x, z, w_down, w_up, b_up, scale, gate;
   int64_t scale_size;
+  Dropout dropout;
   double alpha;
   Activation activation;
   bool add_g;
-  Rows dx, dw_down, db_down, dw_up, db_up, dscale;
+  Rows dx, dw_down, db_down, dw_up, db_up, dscale, dgate;
   int threads;
 };
 

@@ -26,6 +26,7 @@ from triton_interpreter import (  # noqa: E402
 from petl_kernels.ops import _triton  # noqa: E402
 from petl_kernels.ops.bottleneck_adapter import triton as implementation  # noqa: E402
 
+PLAIN = (None, None, None, 0.0, 1.0)  # scale, gate, seed, dropout, alpha
 CASE = next(case for case in CASES if case.name == "bottleneck_adapter")
 
 
@@ -36,8 +37,15 @@ def inputs(n: int, d: int, r: int, dtype: torch.dtype = torch.bfloat16, **option
 @interpreted
 @pytest.mark.parametrize(
     ("n", "options", "launches"),
-    [(32, {}, 2), (600, {}, 3), (32, dict(scale=("d_out",)), 2), (32, dict(scale=(1,)), 3), (600, dict(scale=()), 3)],
-    ids=["one-group", "groups", "one-group-channel-scale", "one-group-scalar-scale", "groups-scalar-scale"],
+    [
+        (32, {}, 2),
+        (600, {}, 3),
+        (32, dict(scale=("d_out",)), 2),
+        (32, dict(scale=(1,)), 3),
+        (600, dict(scale=()), 3),
+        (32, dict(gate=1, dropout=0.1, activation="softmax"), 2),
+    ],
+    ids=["one-group", "groups", "one-group-channel-scale", "one-group-scalar-scale", "groups-scalar-scale", "modified"],
 )
 def test_launches(n, options, launches):
     call = inputs(n, 96, 16, **options)
@@ -67,11 +75,11 @@ def test_bytes_requested(size, forward, backward, monkeypatch):
     targets = recorded_targets(monkeypatch, implementation)
     unit = x.numel() * x.element_size()
     with count_bytes() as traffic:
-        y, z = implementation.forward(x, *weights, x, None, 1.0, "gelu", True)
+        y, z = implementation.forward(x, *weights, x, *PLAIN, "gelu", True)
     passes_forward = (traffic.total - traffic.within(*weights)) / unit
     assert traffic.within(y) == unit and traffic.within(x) >= unit
     with count_bytes() as traffic:
-        dx, *grads = implementation.backward(g, x, z, *weights, None, 1.0, "gelu", True, (True,) * 5 + (False,))
+        dx, *grads = implementation.backward(g, x, z, *weights, *PLAIN, "gelu", True, (True,) * 5 + (False, False))
     passes_backward = (traffic.total - traffic.within(*weights, *targets, *grads)) / unit
     assert traffic.within(dx) == unit and traffic.within(g) >= unit
     print(f"{size}: forward {passes_forward:.3f}, backward {passes_backward:.3f}")
@@ -113,8 +121,8 @@ def test_rows_more_than_2_to_the_31_elements_apart():
     with torch.no_grad():  # and a gradient with such rows
         weights = tuple(call[name].detach() for name in ("w_down", "b_down", "w_up", "b_up"))
         x = call["x"].detach()
-        z = implementation.forward(x, *weights, x, None, 1.0, "gelu", True)[1]
-        arguments = (x, z, *weights, None, 1.0, "gelu", True, (True,) * 5 + (False,))
+        z = implementation.forward(x, *weights, x, *PLAIN, "gelu", True)[1]
+        arguments = (x, z, *weights, *PLAIN, "gelu", True, (True,) * 5 + (False, False))
         pairs = zip(implementation.backward(x, *arguments), implementation.backward(wide, *arguments))
         assert all(torch.equal(a, b) for a, b in pairs)
 
@@ -138,6 +146,7 @@ def test_deterministic(dtype):
         dict(n=21, d=40, r=200, residual=None, d_out=72, scale=()),
         dict(n=2300, d=16, r=3),  # groups of 64 rows
         dict(n=70, d=1200, r=20),  # too wide to hold
+        dict(n=1100, d=24, r=130, activation="softmax", dropout=0.2, gate=1, scale=("d_out",)),
     ],
     ids=lambda s: f"{s['n']}x{s['d']}x{s['r']}",
 )

@@ -84,6 +84,27 @@ BAD = {
     "scale-none": (dict(scale=None), TypeError, "scale must be a float or a tensor, got NoneType"),
     "scale-integer": (dict(scale=t((), dtype=torch.long)), TypeError, "scale must be float32, .* got torch.int64"),
     "scale-device": (dict(scale=t(D, device="meta")), ValueError, "scale must be on x's device cpu, got meta"),
+    "gate-shape": (dict(gate=t(2, 1)), ValueError, r"gate must broadcast to \[..., 1\] = \[3, 1\], got \[2, 1\]"),
+    "gate-vector": (dict(gate=t(N)), ValueError, r"gate must broadcast to \[..., 1\] = \[3, 1\], got \[3\]"),
+    "gate-rank": (dict(gate=t(1, N, 1)), ValueError, r"gate must broadcast to .* got \[1, 3, 1\]"),
+    "gate-float": (dict(gate=0.5), TypeError, "gate must be a tensor, got float"),
+    "gate-device": (dict(gate=t(N, 1, device="meta")), ValueError, "gate must be on x's device cpu, got meta"),
+    "dropout-one": (dict(dropout=1.0), ValueError, r"dropout must be a probability in \[0, 1\), got 1.0"),
+    "dropout-negative": (dict(dropout=-0.1), ValueError, r"dropout must be a probability in \[0, 1\), got -0.1"),
+    "dropout-bool": (dict(dropout=True), ValueError, r"dropout must be a probability in \[0, 1\), got True"),
+    "dropout-none": (dict(dropout=None), ValueError, r"dropout must be a probability in \[0, 1\), got None"),
+    "seed-int": (dict(dropout=0.1, seed=7), TypeError, r"seed must be an int64 tensor \[\] or \[1\], got 7"),
+    "seed-float": (dict(dropout=0.1, seed=t(1)), TypeError, r"seed must be an int64 tensor .* got torch.float32 \[1\]"),
+    "seed-two": (
+        dict(dropout=0.1, seed=t(2, dtype=torch.long)),
+        TypeError,
+        r"seed must be an int64 tensor .* got torch.int64 \[2\]",
+    ),
+    "seed-device": (
+        dict(dropout=0.1, seed=t(1, dtype=torch.long, device="meta")),
+        ValueError,
+        "seed must be on x's device cpu, got meta",
+    ),
     "impl": (dict(impl="fast"), ValueError, r"impl must be one of \('auto', 'reference', .*\), got 'fast'"),
 }
 

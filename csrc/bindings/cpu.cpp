@@ -20,11 +20,12 @@ Rows rows(const Matrix& m) {
 
 void bottleneck_forward(std::tuple<int64_t, int64_t, int64_t, int64_t> sizes, const Matrix& x, const Matrix& w_down,
                         const Matrix& b_down, const Matrix& w_up, const Matrix& b_up, const Matrix& residual,
-                        const Matrix& scale, int64_t scale_size, double alpha, int activation, const Matrix& y,
-                        const Matrix& z, int threads) {
+                        const Matrix& scale, const Matrix& gate, int64_t scale_size, uintptr_t seed, double dropout,
+                        double alpha, int activation, const Matrix& y, const Matrix& z, int threads) {
   const auto [n, d_in, r, d_out] = sizes;
-  const BottleneckForward call{n,           d_in,       r,     d_out, rows(x), rows(w_down), rows(b_down), rows(w_up),
-                               rows(b_up),  rows(residual), rows(scale), scale_size, alpha,
+  const BottleneckForward call{n,           d_in,        r,          d_out,       rows(x),    rows(w_down),
+                               rows(b_down), rows(w_up),  rows(b_up), rows(residual), rows(scale), rows(gate),
+                               scale_size,  {reinterpret_cast<const int64_t*>(seed), dropout}, alpha,
                                static_cast<Activation>(activation), rows(y), rows(z), threads};
   py::gil_scoped_release release;
   kernels().bottleneck_forward(call);
@@ -32,14 +33,16 @@ void bottleneck_forward(std::tuple<int64_t, int64_t, int64_t, int64_t> sizes, co
 
 void bottleneck_backward(std::tuple<int64_t, int64_t, int64_t, int64_t> sizes, const Matrix& g, const Matrix& x,
                          const Matrix& z, const Matrix& w_down, const Matrix& w_up, const Matrix& b_up,
-                         const Matrix& scale, int64_t scale_size, double alpha, int activation, bool add_g,
-                         const Matrix& dx, const Matrix& dw_down, const Matrix& db_down, const Matrix& dw_up,
-                         const Matrix& db_up, const Matrix& dscale, int threads) {
+                         const Matrix& scale, const Matrix& gate, int64_t scale_size, uintptr_t seed, double dropout,
+                         double alpha, int activation, bool add_g, const Matrix& dx, const Matrix& dw_down,
+                         const Matrix& db_down, const Matrix& dw_up, const Matrix& db_up, const Matrix& dscale,
+                         const Matrix& dgate, int threads) {
   const auto [n, d_in, r, d_out] = sizes;
   const BottleneckBackward call{n,          d_in,        r,          d_out,      rows(g),     rows(x), rows(z),
-                                rows(w_down), rows(w_up), rows(b_up), rows(scale), scale_size, alpha,
+                                rows(w_down), rows(w_up), rows(b_up), rows(scale), rows(gate), scale_size,
+                                {reinterpret_cast<const int64_t*>(seed), dropout}, alpha,
                                 static_cast<Activation>(activation), add_g, rows(dx), rows(dw_down), rows(db_down),
-                                rows(dw_up), rows(db_up), rows(dscale), threads};
+                                rows(dw_up), rows(db_up), rows(dscale), rows(dgate), threads};
   py::gil_scoped_release release;
   kernels().bottleneck_backward(call);
 }

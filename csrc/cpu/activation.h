@@ -1,4 +1,4 @@
-// The eight activations and their derivatives on vectors. Polynomials were fitted for float (largest error of each in
+// The activations and their derivatives on vectors. Polynomials were fitted for float (largest error of each in
 // its comment); double goes through the C library, element by element.
 #pragma once
 
@@ -84,12 +84,15 @@ PETL_INLINE V sigmoid(V z) {
   return 1 / (1 + exp(-z));
 }
 
-// value = act(z) and slope = act'(z). `>` and `<` are arranged so that NaN comes out as NaN.
+// value = act(z) and slope = act'(z). `>` and `<` are arranged so that NaN comes out as NaN. Of a softmax, which is a
+// matter of rows (bottleneck_rows.h), z is the value already, and the slope what its gradient is multiplied by.
 template <Activation kActivation, typename C>
 PETL_INLINE void activate(Vec<C> z, Vec<C>& value, Vec<C>& slope) {
   const Vec<C> zero = {}, one = splat(C(1));
   if constexpr (kActivation == Activation::kIdentity) {
     value = z, slope = one;
+  } else if constexpr (kActivation == Activation::kSoftmax) {
+    value = z, slope = z;
   } else if constexpr (kActivation == Activation::kRelu) {
     value = z < zero ? zero : z, slope = z <= zero ? zero : one;
   } else if constexpr (kActivation == Activation::kLeakyRelu) {

@@ -2,54 +2,12 @@
 // reading g and x and writing dx) stays in its L2 cache. Compiled once per instruction set.
 #include <omp.h>
 
-#include "activation.h"
 #include "blocks.h"
+#include "bottleneck_rows.h"
 #include "pages.h"
 
 namespace petl::PETL_ISA {
 namespace {
-
-template <typename C, Activation kActivation>
-void activate_rows(C* z, int64_t rows, int64_t ld, int64_t r) {
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t k = 0; k < r; k += kLanes<C>) {
-      Vec<C> value, slope;
-      activate<kActivation, C>(load_raw<Vec<C>>(z + i * ld + k), value, slope);
-      Storage<C, C>::store(z + i * ld + k, value);
-    }
-  }
-}
-
-// h = act(z), dz = dh act'(z); z arrives in h and dh in dz.
-template <typename C, Activation kActivation>
-void differentiate_rows(C* h, C* dz, int64_t rows, int64_t ld, int64_t r) {
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t k = 0; k < r; k += kLanes<C>) {
-      Vec<C> value, slope;
-      activate<kActivation, C>(load_raw<Vec<C>>(h + i * ld + k), value, slope);
-      Storage<C, C>::store(h + i * ld + k, value);
-      Storage<C, C>::store(dz + i * ld + k, load_raw<Vec<C>>(dz + i * ld + k) * slope);
-    }
-  }
-}
-
-template <typename F>
-void with_activation(Activation activation, F f) {
-  switch (activation) {
-#define PETL_CASE(name) \
-  case Activation::name: \
-    return f(std::integral_constant<Activation, Activation::name>{});
-    PETL_CASE(kRelu)
-    PETL_CASE(kGelu)
-    PETL_CASE(kGeluTanh)
-    PETL_CASE(kSilu)
-    PETL_CASE(kTanh)
-    PETL_CASE(kSigmoid)
-    PETL_CASE(kLeakyRelu)
-    PETL_CASE(kIdentity)
-#undef PETL_CASE
-  }
-}
 
 // scales[c] = alpha * scale[c], for every output channel.
 template <typename C>
@@ -58,21 +16,33 @@ void fill_scales(const Rows& scale, int64_t size, double alpha, int64_t d_out, C
   for (int64_t c = d_out - 1; c >= 0; --c) scales[c] = static_cast<C>(alpha) * (scale ? scales[size == 1 ? 0 : c] : C(1));
 }
 
+// The dropout factors and the gate of one block of rows, and where that keeps them.
+template <typename C, typename Call>
+Modifiers<C> modifiers(const Call& call, int64_t row, int64_t rows, int64_t ld, C* factors, C* gate) {
+  if (call.dropout) dropout_factors(call.dropout, row, rows, call.r, factors, ld);
+  if (call.gate) widen(call.gate, row, rows, 1, gate, 1);
+  return {call.dropout ? factors : nullptr, call.gate ? gate : nullptr};
+}
+
 template <typename C, typename Y>
 void forward(const BottleneckForward& f) {
   constexpr int64_t kCols = kTileCols<C>;
   const int64_t rp = round_up(f.r, kCols), dp = round_up(f.d_out, kCols), block = block_rows(f.d_in);
+  // A gate multiplies the bias too, which then is one more row of w_up^T, the gate standing beside h.
+  const bool gated_bias = f.gate && f.b_up;
+  const int64_t depth = f.r + gated_bias;
   const int threads = useful_threads(f.threads, f.n, 2 * f.n * f.d_in * f.r);
   const int64_t ldz = rp + kLanes<C>, z_size = block * ldz, x_size = block * scratch_stride<C>(f.d_in);
+  const int64_t factors_size = f.dropout ? z_size : 0, tiles_size = z_size + x_size + factors_size + block;
   using W = Workspace;
-  Workspace work(W::bytes<C>(rp * f.d_in) + W::bytes<C>(f.r * dp) + W::bytes<C>(rp) + 2 * W::bytes<C>(dp) +
-                 W::bytes<C>(threads * (z_size + x_size)));
+  Workspace work(W::bytes<C>(rp * f.d_in) + W::bytes<C>(depth * dp) + W::bytes<C>(rp) + 2 * W::bytes<C>(dp) +
+                 W::bytes<C>(threads * tiles_size));
   C* down = work.take<C>(rp * f.d_in);
-  C* up = work.take<C>(f.r * dp);
+  C* up = work.take<C>(depth * dp);
   C* b_down = work.take<C>(rp);
   C* b_up = work.take<C>(dp);
   C* scales = work.take<C>(dp);
-  C* scratch = work.take<C>(threads * (z_size + x_size));
+  C* scratch = work.take<C>(threads * tiles_size);
 
   advise_huge_pages(f.y.data, f.n * f.y.stride * static_cast<int64_t>(sizeof(Y)));
   fill_scales(f.scale, f.scale_size, f.alpha, f.d_out, scales);
@@ -87,27 +57,32 @@ void forward(const BottleneckForward& f) {
 #pragma omp for nowait
     for (int64_t p = 0; p < rp; p += kCols) pack_transposed<C>(f.w_down, p, f.r, f.d_in, nullptr, down + p * f.d_in);
 #pragma omp for
-    for (int64_t p = 0; p < dp; p += kCols) pack_transposed<C>(f.w_up, p, f.d_out, f.r, scales, up + p * f.r);
+    for (int64_t p = 0; p < dp; p += kCols) {
+      pack_transposed<C>(f.w_up, p, f.d_out, f.r, scales, up + p * depth);
+      if (gated_bias) std::memcpy(up + p * depth + f.r * kCols, b_up + p, sizeof(C) * kCols);
+    }
 
     const int me = omp_get_thread_num();
-    C* z = scratch + me * (z_size + x_size);
-    C* x_scratch = z + z_size;
+    C *z = scratch + me * tiles_size, *x_scratch = z + z_size, *factors = x_scratch + x_size, *gate = factors + factors_size;
     const Range range = share(f.n, me, omp_get_num_threads());  // the team may be smaller than asked for
     for (int64_t row = range.begin; row < range.end; row += block) {
       const int64_t rows = range.end - row < block ? range.end - row : block;
       const Operand<C> x = operand<C>(f.x, row, rows, f.d_in, x_scratch);
       deep_product<C>(rows, f.r, f.d_in, x, down, z, ldz, b_down);
+      if (f.activation == Activation::kSoftmax) softmax_rows(z, rows, ldz, f.r);
       if (f.z) narrow(z, ldz, rows, f.r, f.z, row);
-      with_activation(f.activation, [&](auto a) { activate_rows<C, decltype(a)::value>(z, rows, ldz, f.r); });
+      activate_rows(f.activation, z, rows, ldz, f.r, modifiers(f, row, rows, ldz, factors, gate));
+      for (int64_t i = 0; gated_bias && i < rows; ++i) z[i * ldz + f.r] = gate[i];
       Y* y = static_cast<Y*>(f.y.data) + row * f.y.stride;
       const Y* add = f.residual ? static_cast<const Y*>(f.residual.data) + row * f.residual.stride : nullptr;
-      gemm<C, Y>({rows, f.d_out, f.r, z, ldz, up, kCols, f.r * kCols, y, f.y.stride, add, f.residual.stride, b_up});
+      gemm<C, Y>({rows, f.d_out, depth, z, ldz, up, kCols, depth * kCols, y, f.y.stride, add, f.residual.stride,
+                  gated_bias ? nullptr : b_up});
     }
   }
 }
 
 // What the backward accumulates over rows, per thread: up[k, c] = sum h[n, k] g[n, c], with the row k = r summing g
-// itself (a column of ones beside h), down[k, c] = sum dz[n, k] x[n, c], and b_down[k] = sum dz[n, k].
+// itself (a column of ones beside h, or of the gate), down[k, c] = sum dz[n, k] x[n, c], and b_down[k] = sum dz[n, k].
 template <typename C>
 struct Partial {
   C *up, *down, *b_down;
@@ -117,20 +92,22 @@ struct Partial {
 template <typename C>
 struct BackwardPlan {
   static constexpr int64_t kCols = kTileCols<C>;
-  bool up, down, dz;  // dw_up or what follows from it; dw_down; anything behind dz
-  int64_t up_rows, rp, op, ip, ldz, block;
+  bool up, down, dz, gated_bias;  // dw_up or what follows from it; dw_down; anything behind dz; b_up's part of dgate
+  int64_t up_rows, rp, op, ip, ldz, block, factors_size;
   int threads;
 
   explicit BackwardPlan(const BottleneckBackward& b)
       : up(b.dw_up || b.dscale || b.db_up),
         down(static_cast<bool>(b.dw_down)),
-        dz(b.dx || b.dw_down || b.db_down),
+        dz(b.dx || b.dw_down || b.db_down || b.dgate),
+        gated_bias(b.dgate && b.b_up),
         up_rows(b.dw_up || b.dscale ? b.r + 1 : 1),
-        rp(round_up(b.r, kCols)),
+        rp(round_up(b.r + gated_bias, kCols)),
         op(round_up(b.d_out, kCols)),
         ip(round_up(b.d_in, kCols)),
         ldz(round_up(b.r + 1, kCols) + kLanes<C>),
         block(block_rows(b.d_in)),
+        factors_size(b.dropout ? h_size() : 0),
         threads(useful_threads(b.threads, b.n, 4 * b.n * b.d_in * b.r)) {}
 
   int64_t h_size() const { return block * ldz; }
@@ -145,17 +122,21 @@ void backward_block(const BottleneckBackward& b, const BackwardPlan<C>& plan, in
   constexpr int64_t kCols = kTileCols<C>;
   const int64_t ldz = plan.ldz;
   C *h = scratch, *dz = h + plan.h_size(), *g_tile = dz + plan.h_size(), *x_tile = g_tile + plan.tile_size(b.d_out);
+  C *factors = x_tile + plan.tile_size(b.d_in), *gate = factors + plan.factors_size, *dgate = gate + plan.block;
   const Operand<C> g = operand<C>(b.g, row, rows, b.d_out, g_tile);
   if (b.z) widen(b.z, row, rows, b.r, h, ldz);
+  const Modifiers<C> m = modifiers(b, row, rows, ldz, factors, gate);
   if (plan.dz) {
-    deep_product<C>(rows, b.r, b.d_out, g, w_up, dz, ldz, nullptr);
-    with_activation(b.activation, [&](auto a) { differentiate_rows<C, decltype(a)::value>(h, dz, rows, ldz, b.r); });
+    deep_product<C>(rows, b.r + plan.gated_bias, b.d_out, g, w_up, dz, ldz, nullptr);
+    for (int64_t i = 0; b.dgate && i < rows; ++i) dgate[i] = plan.gated_bias ? dz[i * ldz + b.r] : C(0);
+    differentiate_rows(b.activation, h, dz, rows, ldz, b.r, m, b.dgate ? dgate : nullptr);
+    if (b.dgate) narrow(dgate, 1, rows, 1, b.dgate, row);
   } else if (b.z) {
-    with_activation(b.activation, [&](auto a) { activate_rows<C, decltype(a)::value>(h, rows, ldz, b.r); });
+    activate_rows(b.activation, h, rows, ldz, b.r, m);
   }
   if (plan.up) {
     const C* left = h + (plan.up_rows == 1 ? b.r : 0);
-    for (int64_t i = 0; i < rows; ++i) h[i * ldz + b.r] = C(1);
+    for (int64_t i = 0; i < rows; ++i) h[i * ldz + b.r] = m.gate ? m.gate[i] : C(1);
     gemm<C, C, true>({plan.up_rows, plan.op, rows, left, ldz, g.data, g.ld, kCols, partial.up, plan.op,
                       first ? nullptr : partial.up, plan.op, nullptr});
   }
@@ -211,7 +192,8 @@ void backward(const BottleneckBackward& b) {
   constexpr int64_t kCols = kTileCols<C>;
   BackwardPlan<C> plan(b);
   const int threads = plan.threads;
-  const int64_t tiles_size = 2 * plan.h_size() + plan.tile_size(b.d_out) + plan.tile_size(b.d_in);
+  const int64_t tiles_size =
+      2 * plan.h_size() + plan.tile_size(b.d_out) + plan.tile_size(b.d_in) + plan.factors_size + 2 * plan.block;
   const int64_t sums_size = (plan.up_rows + 1) * kCols + plan.rp;
   using W = Workspace;
   Workspace work(W::bytes<C>(plan.rp * b.d_out) + W::bytes<C>(plan.ip * b.r) + 2 * W::bytes<C>(plan.op) +
@@ -235,7 +217,17 @@ void backward(const BottleneckBackward& b) {
     plan.threads = omp_get_num_threads();  // the team may be smaller than asked for
     if (plan.dz) {
 #pragma omp for nowait
-      for (int64_t p = 0; p < plan.rp; p += kCols) pack_rows<C>(b.w_up, p, b.r, b.d_out, scales, w_up + p * b.d_out);
+      for (int64_t p = 0; p < plan.rp; p += kCols) {
+        C* panel = w_up + p * b.d_out;
+        pack_rows<C>(b.w_up, p, b.r, b.d_out, scales, panel);
+        if (plan.gated_bias && b.r < p + kCols) {  // the last: g . (scale b_up) comes out of the product beside dh
+          for (int64_t c = 0; c < b.d_out; ++c) {
+            C bias;
+            widen({b.b_up.data, b.b_up.dtype, 1}, c, 1, 1, &bias, 1);
+            panel[c * kCols + b.r - p] = scales[c] * bias;
+          }
+        }
+      }
 #pragma omp for nowait
       for (int64_t p = 0; p < plan.ip; p += kCols) pack_rows<C>(b.w_down, p, b.d_in, b.r, nullptr, w_down + p * b.r);
     }

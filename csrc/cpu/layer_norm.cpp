@@ -20,16 +20,6 @@ PETL_INLINE Vec<C> zero_rest(Vec<C> v, Count lanes) {
   return load_first<C, C>(buffer, lanes);
 }
 
-template <typename C>
-PETL_INLINE C sum_lanes(Vec<C> v) {
-  C lane[kLanes<C>];
-  std::memcpy(lane, &v, sizeof(v));
-  for (int width = kLanes<C> / 2; width; width /= 2) {
-    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-  }
-  return lane[0];
-}
-
 // Calls f(column, lanes, sums) for each vector of a row and leaves in `totals` what f added to its kSums sums, which
 // are kept in four chains: one would wait for each addition.
 template <typename C, int kSums, typename F>

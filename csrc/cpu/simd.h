@@ -80,6 +80,16 @@ PETL_INLINE Vec<C> splat(C value) {
   return Vec<C>{} + value;
 }
 
+template <typename C>
+PETL_INLINE C sum_lanes(Vec<C> v) {
+  C lane[kLanes<C>];
+  std::memcpy(lane, &v, sizeof(v));
+  for (int width = kLanes<C> / 2; width; width /= 2) {
+    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+  }
+  return lane[0];
+}
+
 template <typename To, typename From>
 PETL_INLINE To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From));

@@ -1,4 +1,4 @@
-"""What Triton kernels share: the second launch that sums the partial sums of groups of rows, in a fixed order."""
+"""What Triton kernels share: sums of the partial sums of groups of rows, in a fixed order, and dropout."""
 
 # mypy: ignore-errors
 # In Triton an annotation is no type: it marks a constant of compilation.
@@ -29,3 +29,22 @@ def sum_all(part_ptr, out_ptr, count, BLOCK: tl.constexpr):
         offsets = start + tl.arange(0, BLOCK)
         total += tl.load(part_ptr + offsets, mask=offsets < count, other=0.0)
     tl.store(out_ptr, tl.sum(total, 0))
+
+
+@triton.jit
+def keep(seed_ptr, block, ranks, threshold, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr):
+    """What the dropout that `ops._dropout` defines keeps of the rows from block * BLOCK_M on, bool [BLOCK_M, BLOCK_R].
+
+    A Philox counter gives the words of four rows.
+    """
+    group = block.to(tl.int64) * (BLOCK_M // 4) + tl.arange(0, BLOCK_M // 4)[:, None]
+    zero = tl.zeros((BLOCK_M // 4, BLOCK_R), tl.uint32)
+    low, high = zero + group.to(tl.uint32), zero + (group >> 32).to(tl.uint32)
+    a, b, c, d = tl.philox(tl.load(seed_ptr), zero + ranks[None, :].to(tl.uint32), low, high, zero)
+    pairs = tl.join(_kept(a, threshold), _kept(b, threshold)), tl.join(_kept(c, threshold), _kept(d, threshold))
+    return tl.permute(tl.join(pairs[0], pairs[1]), (0, 3, 2, 1)).reshape(BLOCK_M, BLOCK_R) != 0
+
+
+@triton.jit
+def _kept(word, threshold):
+    return ((word >> 1).to(tl.int32) >= threshold).to(tl.int8)

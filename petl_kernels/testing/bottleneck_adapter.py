@@ -47,6 +47,13 @@ def _inputs(
         shape = tuple(d_out if s == "d_out" else s for s in scale)
         scale = tensor("scale", shape, 0.1, own, shift=1.5)
     inputs["scale"] = scale
+    gate = sample.get("gate")  # how many of x's leading dimensions it follows, as 1 does of [samples, tokens, d]
+    if gate is not None:
+        shape = (*leading[:gate], *(1 for _ in leading[gate:]), 1)
+        inputs["gate"] = tensor("gate", shape, 0.3, own, shift=0.7)
+    if dropout := sample.get("dropout", 0.0):
+        inputs["dropout"] = dropout
+        inputs["seed"] = torch.randint(-(2**62), 2**62, (1,), generator=generator).to(device)
     inputs["grad_layout"] = sample.get("grad_layout")
     return inputs
 
@@ -62,11 +69,11 @@ def _samples() -> tuple[Mapping[str, Any], ...]:
         dict(n=129, d=1000, r=100),
         dict(n=1000, d=96, r=8),
     ]
-    activations = ("relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "leaky_relu", "identity")
+    activations = ("relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "leaky_relu", "identity", "softmax")
     samples: list[dict[str, Any]] = [dict(id=f"{s['n']}x{s['d']}x{s['r']}", **s) for s in sizes]
     samples += [dict(id=f"act-{a}", n=37, d=96, r=24, activation=a) for a in activations]
     base = dict(n=19, d=48, r=5)
-    every = ("x", "w_down", "b_down", "w_up", "b_up", "scale")
+    every = ("x", "w_down", "b_down", "w_up", "b_up", "scale", "gate")
     options: dict[str, dict[str, Any]] = {
         "parallel": dict(residual="other"),
         "bare": dict(residual=None),
@@ -80,6 +87,18 @@ def _samples() -> tuple[Mapping[str, Any], ...]:
         "scale-one": dict(scale=(1,), residual="other", activation="silu"),
         "scale-channel": dict(scale=("d_out",)),
         "scale-channel-bare": dict(scale=("d_out",), residual=None),
+        "dropout": dict(n=21, r=40, dropout=0.3, activation="relu"),
+        "dropout-most": dict(dropout=0.9, scale=("d_out",), residual=None),
+        "dropout-frozen-down": dict(dropout=0.5, frozen=("x", "w_down", "b_down")),
+        "gate": dict(gate=1, residual="other"),
+        "gate-per-sample": dict(gate=1, leading=(4, 5)),
+        "gate-no-b_up": dict(gate=1, b_up=False, residual=None),
+        "gate-of-one": dict(gate=0, r=32, scale=("d_out",)),
+        "gate-dropout": dict(gate=1, dropout=0.2, leading=(2, 5), activation="silu"),
+        "softmax-gate-dropout": dict(gate=1, dropout=0.2, activation="softmax", r=70),
+        "softmax-of-one": dict(activation="softmax", r=1, frozen=("w_down", "b_down")),
+        "frozen-gate": dict(gate=1, frozen=("gate",), scale=("d_out",)),
+        "only-gate": dict(gate=1, frozen=every[:6], scale=("d_out",)),
         "leading-3d": dict(leading=(2, 3, 7)),
         "leading-none": dict(leading=()),
         "leading-empty": dict(leading=(2, 0, 3), scale=("d_out",)),
@@ -92,8 +111,8 @@ def _samples() -> tuple[Mapping[str, Any], ...]:
         "frozen-all-but-x": dict(frozen=every[1:], scale=("d_out",)),
         "frozen-down": dict(frozen=("x", "w_down", "b_down")),
         "frozen-up": dict(frozen=("w_up", "b_up"), scale=(1,)),
-        "only-b_up": dict(frozen=("x", "w_down", "b_down", "w_up", "scale")),
-        "only-scale": dict(frozen=every[:5], scale=("d_out",)),
+        "only-b_up": dict(gate=1, dropout=0.2, frozen=("x", "w_down", "b_down", "w_up", "scale", "gate")),
+        "only-scale": dict(gate=1, frozen=(*every[:5], "gate"), scale=("d_out",)),
         "only-residual": dict(frozen=every, residual="other"),
         "frozen-all": dict(frozen=every),
     }
@@ -113,11 +132,11 @@ CASE = Case(
     op=OP,
     inputs=_inputs,
     samples=_samples(),
-    typical=dict(id="typical", n=19, d=48, r=5, residual="other", scale=("d_out",)),
+    typical=dict(id="typical", n=19, d=48, r=5, residual="other", scale=("d_out",), gate=1, dropout=0.2),
     variants=(
-        dict(residual="x"),
-        dict(residual=None, scale=2.0),
-        dict(residual=None, b_down=False, b_up=False, scale=(1,)),
+        dict(residual="x", gate=None, dropout=0.0),
+        dict(residual=None, scale=2.0, activation="softmax"),
+        dict(residual=None, b_down=False, b_up=False, scale=(1,), dropout=0.0),
     ),
     tiny=dict(n=3, d=6, r=2),
     bench=tuple(

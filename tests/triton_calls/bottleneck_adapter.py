@@ -39,6 +39,9 @@ def _settings() -> Iterator[tuple[str, tuple[int, int, int], torch.dtype, torch.
     yield "gelu_tanh", (full, 768, 64), bf16, fp32, "ieee"
     yield "gelu", (full, 8192, 64), bf16, fp32, "ieee"
     yield "gelu", (1000, 1000, 100), bf16, fp32, "ieee"
+    for r in (64, 512):  # softmax stands for dropout and gate too, which the others go without
+        yield "softmax", (full, 768, r), bf16, fp32, "ieee"
+        yield "softmax", (full, 512, r), fp32, fp32, "ieee"
 
 
 def _call(activation: str, size: tuple[int, int, int], dtype: torch.dtype, parameters: torch.dtype) -> None:
@@ -47,6 +50,10 @@ def _call(activation: str, size: tuple[int, int, int], dtype: torch.dtype, param
     w_down, w_up = torch.empty(r, d, dtype=parameters), torch.empty(d, r, dtype=parameters)
     b_down, b_up, scale = (torch.empty(k, dtype=parameters) for k in (r, d, d))
     weights = (w_down, b_down, w_up, b_up)
-    implementation.forward(x, *weights, x, scale, 1.0, activation, True)
-    implementation.forward(x, *weights, torch.empty_like(x), None, 2.0, activation, True)
-    implementation.backward(x, x, z, *weights, scale, 1.0, activation, True, (True,) * 6)
+    gate, seed, dropout = None, None, 0.0
+    if activation == "softmax":
+        gate, seed, dropout = torch.empty(n, 1, dtype=parameters), torch.empty(1, dtype=torch.int64), 0.1
+    options = (gate, seed, dropout)
+    implementation.forward(x, *weights, x, scale, *options, 1.0, activation, True)
+    implementation.forward(x, *weights, torch.empty_like(x), None, *options, 2.0, activation, True)
+    implementation.backward(x, x, z, *weights, scale, *options, 1.0, activation, True, (*(True,) * 6, gate is not None))

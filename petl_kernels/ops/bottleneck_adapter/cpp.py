@@ -12,7 +12,9 @@ from petl_kernels.ops._native import _cpu, empty, empty_like, new_gradients, not
 
 _ACTIVATIONS = {
     name: code
-    for code, name in enumerate(("relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "leaky_relu", "identity"))
+    for code, name in enumerate(
+        ("relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "leaky_relu", "identity", "softmax")
+    )
 }
 
 
@@ -29,6 +31,9 @@ def forward(
     b_up: Tensor | None,
     residual: Tensor | None,
     scale: Tensor | None,
+    gate: Tensor | None,
+    seed: Tensor | None,
+    dropout: float,
     alpha: float,
     activation: str,
     save_z: bool,
@@ -44,11 +49,13 @@ def forward(
     z = empty((*leading, r), x.dtype) if save_z else nothing(x.dtype)
     if y.numel() == 0:
         return y, z
-    inputs = [row_major(t) for t in (x, w_down, b_down, w_up, b_up, residual, scale)]
+    inputs = [row_major(t) for t in (x, w_down, b_down, w_up, b_up, residual, scale, gate)]
     _cpu.bottleneck_forward(
         (y.numel() // d_out, d_in, r, d_out),
         *map(rows, inputs),
         0 if scale is None else scale.numel(),
+        0 if seed is None else seed.data_ptr(),
+        dropout,
         alpha,
         _ACTIVATIONS[activation],
         rows(y),
@@ -67,6 +74,9 @@ def backward(
     w_up: Tensor,
     b_up: Tensor | None,
     scale: Tensor | None,
+    gate: Tensor | None,
+    seed: Tensor | None,
+    dropout: float,
     alpha: float,
     activation: str,
     add_g: bool,
@@ -75,15 +85,17 @@ def backward(
     """One pass over g and x: the gradients that `needs` names, the others empty; schema in the op's `__init__`."""
     d_in, (d_out, r) = w_down.shape[1], w_up.shape
     dx = empty((*g.shape[:-1], d_in), z.dtype) if needs[0] else nothing(z.dtype)
-    grads = new_gradients((w_down, b_down, w_up, b_up, scale), needs[1:], z.dtype)
+    grads = new_gradients((w_down, b_down, w_up, b_up, scale, gate), needs[1:], z.dtype)
     if g.numel() == 0:
         return dx, *(grad.zero_() for grad in grads)
-    inputs = [row_major(t) for t in (g, x, z, w_down, w_up, b_up, scale)]
+    inputs = [row_major(t) for t in (g, x, z, w_down, w_up, b_up, scale, gate)]
     outputs = [rows(t) if need else None for t, need in zip((dx, *grads), needs)]
     _cpu.bottleneck_backward(
         (g.numel() // d_out, d_in, r, d_out),
         *map(rows, inputs),
         0 if scale is None else scale.numel(),
+        0 if seed is None else seed.data_ptr(),
+        dropout,
         alpha,
         _ACTIVATIONS[activation],
         add_g,

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from petl_kernels.ops._dropout import keep
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
@@ -17,6 +19,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     "leaky_relu": F.leaky_relu,
     "identity": lambda z: z,
+    "softmax": lambda z: z.softmax(-1),
 }
 
 
@@ -28,12 +31,16 @@ def bottleneck_adapter(
     b_up: Tensor | None,
     residual: Tensor | None,
     scale: float | Tensor,
+    gate: Tensor | None,
+    seed: Tensor | None,
+    dropout: float,
     activation: str,
 ) -> Tensor:
-    """`residual + scale * (act(x w_down^T + b_down) w_up^T + b_up)`, computed in the dtype of `x`.
+    """`residual + gate * scale * (drop(act(x w_down^T + b_down)) w_up^T + b_up)`, computed in the dtype of `x`.
 
     Shapes: x [..., d_in], w_down [r, d_in], b_down [r], w_up [d_out, r], b_up [d_out], residual [..., d_out],
-    scale a float, [], [1] or [d_out]. The result has the promoted dtype of x and residual.
+    scale a float, [], [1] or [d_out], gate [..., 1], seed [1] or None for PyTorch's own dropout. The result has the
+    promoted dtype of x and residual.
     """
 
     def cast(t: Tensor | None) -> Tensor | None:
@@ -41,9 +48,16 @@ def bottleneck_adapter(
 
     z = F.linear(x, w_down.to(x.dtype), cast(b_down))
     h = ACTIVATIONS[activation](z)
+    if seed is not None:
+        kept = keep(seed, h[..., 0].numel(), h.shape[-1], dropout).view(h.shape)
+        h = torch.where(kept, h * (1 / (1 - dropout)), 0.0)
+    elif dropout:
+        h = F.dropout(h, dropout)
     y = F.linear(h, w_up.to(x.dtype), cast(b_up))
     if isinstance(scale, Tensor):
         y = y * scale.to(x.dtype)
     elif scale != 1.0:
         y = y * scale
+    if gate is not None:
+        y = y * gate.to(x.dtype)
     return y if residual is None else residual + y

@@ -1,8 +1,8 @@
 """Triton implementation of `bottleneck_adapter`: launch settings and entry points over `triton_kernels`.
 
-One launch forward, two or three backward: dz by rows, then dx and the parameters' gradients by slabs of channels,
-then, of more than one group of rows, the sum over the groups in a fixed order. No atomics: results are bit-identical
-from run to run.
+One launch forward, two or three backward: dz (and h, where there is dropout or a gate) by rows, then dx and the
+parameters' gradients by slabs of channels, then, of more than one group of rows, the sum over the groups in a fixed
+order. No atomics: results are bit-identical from run to run.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 
 from petl_kernels.ops import _triton
+from petl_kernels.ops._dropout import threshold
 from petl_kernels.ops._gradients import new_gradients
 from petl_kernels.ops._triton import Device, block, dense, rows, warps, workspace
 from petl_kernels.ops.bottleneck_adapter import triton_kernels as kernels
@@ -72,16 +73,7 @@ def _row_groups(n: int, d: int, r: int, partials: bool, device: Device, settings
     return max(1, min(triton.cdiv(device.processors, programs) if partials else 65535, n // least))
 
 
-def unsupported(
-    x: Tensor,
-    w_down: Tensor,
-    b_down: Tensor | None,
-    w_up: Tensor,
-    b_up: Tensor | None,
-    residual: Tensor | None,
-    scale: float | Tensor,
-    activation: str,
-) -> str | None:
+def unsupported(x: Tensor, w_down: Tensor, *_: Any) -> str | None:
     """Why these kernels cannot run a (validated) call, or None when they can."""
     if w_down.shape[0] > _MAX_RANK:
         return f"its bottleneck is at most {_MAX_RANK} wide, got r = {w_down.shape[0]}"
@@ -96,6 +88,9 @@ def forward(
     b_up: Tensor | None,
     residual: Tensor | None,
     scale: Tensor | None,
+    gate: Tensor | None,
+    seed: Tensor | None,
+    dropout: float,
     alpha: float,
     activation: str,
     save_z: bool,
@@ -128,11 +123,15 @@ def forward(
             dense(b_up),
             residual,
             dense(scale),
+            dense(gate),
+            seed,
             y,
             z if save_z else None,
             n,
             stride_xm,
             stride_rm,
+            threshold(dropout),
+            1 / (1 - dropout),
             float(alpha),
             D_IN=d_in,
             D_OUT=d_out,
@@ -155,44 +154,69 @@ def backward(
     w_up: Tensor,
     b_up: Tensor | None,
     scale: Tensor | None,
+    gate: Tensor | None,
+    seed: Tensor | None,
+    dropout: float,
     alpha: float,
     activation: str,
     add_g: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    """The gradients of (x, w_down, b_down, w_up, b_up, scale); an empty tensor for each that is not needed."""
+    """The gradients of (x, w_down, b_down, w_up, b_up, scale, gate); an empty tensor for each that is not needed."""
     (r, d_in), d_out = w_down.shape, w_up.shape[0]
     n, d = g.numel() // d_out, max(d_in, d_out)
     dx = z.new_empty((*g.shape[:-1], d_in) if needs[0] else (0,))
-    grads = new_gradients((w_down, b_down, w_up, b_up, scale), needs[1:], z)
+    *grads, dgate = new_gradients((w_down, b_down, w_up, b_up, scale, gate), needs[1:], z)
+    needs_slabs = needs[1:6]
     g, stride_gm = rows(g)
     x, stride_xm = rows(x) if x is not None and needs[1] else (None, 0)
-    w_down, w_up, b_up, scale = w_down.contiguous(), w_up.contiguous(), dense(b_up), dense(scale)
+    w_down, w_up, b_up, scale, gate = w_down.contiguous(), w_up.contiguous(), dense(b_up), dense(scale), dense(gate)
     device, itemsize, alpha = _triton.device_of(g.device), z.element_size(), float(alpha)
     by_slabs = _slab_settings(d, r, itemsize, device)
     chunks = triton.cdiv(r, by_slabs["BLOCK_R"])
-    groups = _row_groups(n, d, r, any(needs[1:]), device, by_slabs)
+    groups = _row_groups(n, d, r, any(needs_slabs), device, by_slabs)
     channel = scale is not None and scale.numel() > 1
     shares = (groups,) * 4 + (groups * chunks,)
-    targets, parts = _targets(grads, needs[1:], shares, d_out, scalar_scale=scale is not None and not channel)
+    targets, parts = _targets(grads, needs_slabs, shares, d_out, scalar_scale=scale is not None and not channel)
     sizes: dict[str, Any] = dict(D_OUT=d_out, R=r, CHANNEL_SCALE=channel)
-    common: dict[str, Any] = dict(sizes, ACTIVATION=activation, PRECISION=_triton.precision())
+    common: dict[str, Any] = dict(sizes, PRECISION=_triton.precision())
     with torch.cuda.device_of(g):
         dz = torch.empty_like(z) if any(needs[:3]) else None
-        if dz is not None and n > 0:
+        # An activation is cheaper to compute again than to store; random numbers are not.
+        modified = gate is not None or seed is not None
+        h = torch.empty_like(z) if modified and (needs[3] or needs[5]) else None
+        if n > 0 and (dz is not None or h is not None or needs[6]):
             by_rows = _row_settings(n, d_out, r, itemsize, device)
             kernels._bottleneck_adapter_bwd_dz_kernel[(triton.cdiv(n, by_rows["BLOCK_M"]),)](
-                g, z, w_up, scale, dz, n, stride_gm, alpha, **common, **by_rows
+                g,
+                z,
+                w_up,
+                b_up if needs[6] else None,
+                scale,
+                gate,
+                seed,
+                dz,
+                h,
+                dgate if needs[6] else None,
+                n,
+                stride_gm,
+                threshold(dropout),
+                1 / (1 - dropout),
+                alpha,
+                ACTIVATION=activation,
+                **common,
+                **by_rows,
             )
         kernels._bottleneck_adapter_bwd_slab_kernel[(triton.cdiv(d, by_slabs["BLOCK_D"]), groups, chunks)](
             g,
             x,
-            z,
+            z if h is None else h,
             dz,
             w_down,
             w_up,
             b_up,
             scale,
+            gate,
             dx if needs[0] else None,
             *targets,
             n,
@@ -201,6 +225,7 @@ def backward(
             alpha,
             D_IN=d_in,
             ADD_G=add_g,
+            ACTIVATION=activation if h is None else "identity",
             **common,
             **by_slabs,
         )
@@ -209,7 +234,7 @@ def backward(
             kernels._bottleneck_adapter_bwd_sum_kernel[(triton.cdiv(longest, _SUM_BLOCK), 5)](
                 *parts, *grads, groups, shares[4], D_IN=d_in, BLOCK_P=8, BLOCK=_SUM_BLOCK, **sizes
             )
-    return dx, *grads
+    return dx, *grads, dgate
 
 
 def _targets(

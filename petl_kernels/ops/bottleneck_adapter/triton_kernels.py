@@ -14,7 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from petl_kernels.ops._triton_kernels import sum_all, sum_groups
+from petl_kernels.ops._triton_kernels import keep, sum_all, sum_groups
+from petl_kernels.ops.bottleneck_adapter.triton_activations import activate, activate_grad, softmax, softmax_grad
 
 
 @triton.jit
@@ -31,78 +32,30 @@ def _store(ptr, value, rows, stride_row, n_rows, cols, stride_col, n_cols):
 
 
 @triton.jit
-def _tanh(z):
-    # exp of a negative number cannot overflow; below 1/4, where 1 - e cancels, the series (its next term is < 1e-8).
-    e = tl.exp(-2.0 * tl.abs(z))
-    t = (1.0 - e) / (1.0 + e)
-    z2 = z * z
-    series = z * (1.0 + z2 * (-1.0 / 3 + z2 * (2.0 / 15 + z2 * (-17.0 / 315 + z2 * (62.0 / 2835)))))
-    return tl.where(tl.abs(z) < 0.25, series, tl.where(z < 0, -t, t))
-
-
-@triton.jit
-def _gelu_tanh_inner(z):
-    return 0.7978845608028654 * (z + 0.044715 * z * z * z)  # sqrt(2 / pi)
-
-
-@triton.jit
-def _activate(z, ACTIVATION: tl.constexpr):
-    """act(z) in float32. Comparisons are written so that a NaN passes through."""
-    if ACTIVATION == "relu":
-        return tl.where(z <= 0, 0.0, z)
-    elif ACTIVATION == "gelu":
-        return 0.5 * z * (1.0 + tl.math.erf(z * 0.7071067811865476))
-    elif ACTIVATION == "gelu_tanh":
-        return 0.5 * z * (1.0 + _tanh(_gelu_tanh_inner(z)))
-    elif ACTIVATION == "silu":
-        return z / (1.0 + tl.exp(-z))
-    elif ACTIVATION == "tanh":
-        return _tanh(z)
-    elif ACTIVATION == "sigmoid":
-        return 1.0 / (1.0 + tl.exp(-z))
-    elif ACTIVATION == "leaky_relu":
-        return tl.where(z > 0, z, 0.01 * z)
-    else:
-        tl.static_assert(ACTIVATION == "identity")
-        return z
-
-
-@triton.jit
-def _activate_grad(dh, z, ACTIVATION: tl.constexpr):
-    """dh * act'(z) in float32."""
-    if ACTIVATION == "relu":
-        return tl.where(z <= 0, 0.0, dh)
-    elif ACTIVATION == "gelu":
-        density = 0.3989422804014327 * tl.exp(-0.5 * z * z)  # 1 / sqrt(2 pi)
-        return dh * (0.5 * (1.0 + tl.math.erf(z * 0.7071067811865476)) + z * density)
-    elif ACTIVATION == "gelu_tanh":
-        t = _tanh(_gelu_tanh_inner(z))
-        inner = 0.7978845608028654 * (1.0 + 3 * 0.044715 * z * z)
-        return dh * (0.5 * (1.0 + t) + 0.5 * z * (1.0 - t * t) * inner)
-    elif ACTIVATION == "silu":
-        s = 1.0 / (1.0 + tl.exp(-z))
-        return dh * s * (1.0 + z * (1.0 - s))
-    elif ACTIVATION == "tanh":
-        t = _tanh(z)
-        return dh * (1.0 - t * t)
-    elif ACTIVATION == "sigmoid":
-        s = 1.0 / (1.0 + tl.exp(-z))
-        return dh * s * (1.0 - s)
-    elif ACTIVATION == "leaky_relu":
-        return tl.where(z > 0, dh, 0.01 * dh)
-    else:
-        tl.static_assert(ACTIVATION == "identity")
-        return dh
+def _load_gate(ptr, rows, n):
+    return tl.load(ptr + rows, mask=rows < n, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _up_slab(
-    h, w, cols, D_OUT: tl.constexpr, b_up_ptr, scale_ptr, alpha, CHANNEL_SCALE: tl.constexpr, PRECISION: tl.constexpr
+    h,
+    w,
+    cols,
+    D_OUT: tl.constexpr,
+    b_up_ptr,
+    gate,
+    scale_ptr,
+    alpha,
+    CHANNEL_SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """scale * (h w_up^T + b_up) for the output channels `cols`; w is their [BLOCK_R, BLOCK_D] tile of w_up^T."""
+    """scale * (h w_up^T + gate b_up) for the output channels `cols`; w is their [BLOCK_R, BLOCK_D] tile of w_up^T."""
     y = tl.dot(h, w.to(h.dtype), input_precision=PRECISION)
     if b_up_ptr is not None:
-        y += tl.load(b_up_ptr + cols, mask=cols < D_OUT, other=0.0).to(tl.float32)[None, :]
+        b_up = tl.load(b_up_ptr + cols, mask=cols < D_OUT, other=0.0).to(tl.float32)[None, :]
+        if gate is not None:
+            b_up = gate[:, None] * b_up
+        y += b_up
     if CHANNEL_SCALE:
         y *= tl.load(scale_ptr + cols, mask=cols < D_OUT, other=0.0).to(tl.float32)[None, :]
     elif scale_ptr is not None:
@@ -110,7 +63,7 @@ def _up_slab(
     return y * tl.cast(alpha, tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def _bottleneck_adapter_fwd_kernel(
     x_ptr,
     w_down_ptr,
@@ -119,11 +72,15 @@ def _bottleneck_adapter_fwd_kernel(
     b_up_ptr,
     residual_ptr,
     scale_ptr,
+    gate_ptr,
+    seed_ptr,
     y_ptr,
     z_ptr,
     n,
     stride_xm,
     stride_rm,
+    threshold,
+    factor,
     alpha,
     D_IN: tl.constexpr,
     D_OUT: tl.constexpr,
@@ -165,10 +122,20 @@ def _bottleneck_adapter_fwd_kernel(
         z = tl.dot(x, w.to(dtype), z, input_precision=PRECISION)
     if b_down_ptr is not None:
         z += tl.load(b_down_ptr + ranks, mask=ranks < R, other=0.0).to(tl.float32)[None, :]
+    if ACTIVATION == "softmax":
+        z = softmax(z, ranks, R)
     if z_ptr is not None:
         _store(z_ptr, z, rows, R, n, ranks, 1, R)
+    h = activate(z, ACTIVATION)
+    if seed_ptr is not None:
+        kept = keep(seed_ptr, tl.program_id(0), ranks, threshold, BLOCK_M, BLOCK_R)
+        h = tl.where(kept, h * tl.cast(factor, tl.float32), 0.0)
+    gate = None
+    if gate_ptr is not None:
+        gate = _load_gate(gate_ptr, rows, n)
+        h *= gate[:, None]
     # Padding ranks must be zero: an infinite x times their zero weights is NaN, and would stay one in the sum.
-    h = tl.where(ranks[None, :] < R, _activate(z, ACTIVATION), 0.0).to(dtype)
+    h = tl.where(ranks[None, :] < R, h, 0.0).to(dtype)
 
     if HELD > 0:
         w = _load(w_up_ptr, ranks, 1, R, cols, R, D_OUT)
@@ -177,27 +144,34 @@ def _bottleneck_adapter_fwd_kernel(
             if i + 1 < HELD:
                 ahead = _load(w_up_ptr, ranks, 1, R, cols + (i + 1) * BLOCK_D, R, D_OUT)
             out = cols + i * BLOCK_D
-            y = _up_slab(h, w, out, D_OUT, b_up_ptr, scale_ptr, alpha, CHANNEL_SCALE, PRECISION)
+            y = _up_slab(h, w, out, D_OUT, b_up_ptr, gate, scale_ptr, alpha, CHANNEL_SCALE, PRECISION)
             _store(y_ptr, y + x_tiles[i].to(tl.float32), rows, D_OUT, n, out, 1, D_OUT)
             w = ahead
     for start in range(HELD * BLOCK_D, D_OUT, BLOCK_D):
         out = start + cols
         w = _load(w_up_ptr, ranks, 1, R, out, R, D_OUT)
-        y = _up_slab(h, w, out, D_OUT, b_up_ptr, scale_ptr, alpha, CHANNEL_SCALE, PRECISION)
+        y = _up_slab(h, w, out, D_OUT, b_up_ptr, gate, scale_ptr, alpha, CHANNEL_SCALE, PRECISION)
         if residual_ptr is not None:
             y += _load(residual_ptr, rows, stride_rm, n, out, 1, D_OUT).to(tl.float32)
         _store(y_ptr, y, rows, D_OUT, n, out, 1, D_OUT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def _bottleneck_adapter_bwd_dz_kernel(
     g_ptr,
     z_ptr,
     w_up_ptr,
+    b_up_ptr,
     scale_ptr,
+    gate_ptr,
+    seed_ptr,
     dz_ptr,
+    h_ptr,
+    dgate_ptr,
     n,
     stride_gm,
+    threshold,
+    factor,
     alpha,
     D_OUT: tl.constexpr,
     R: tl.constexpr,
@@ -208,24 +182,54 @@ def _bottleneck_adapter_bwd_dz_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """BLOCK_M rows of dz = ((s g) w_up) * act'(z)."""
+    """BLOCK_M rows of dz = gate drop((s g) w_up) * act'(z), of h = gate drop(act(z)) and of the gate's gradient.
+
+    Each unless its pointer is None. h is written for what follows only where it is more than an activation of z: a
+    program there per slab of channels would draw the random numbers again.
+    """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_D)
     ranks = tl.arange(0, BLOCK_R)
     dtype = z_ptr.dtype.element_ty
 
     dh = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for start in range(0, D_OUT, BLOCK_D):
-        g = _load(g_ptr, rows, stride_gm, n, start + cols, 1, D_OUT)
-        if CHANNEL_SCALE:
-            s = tl.load(scale_ptr + start + cols, mask=start + cols < D_OUT, other=0.0)
-            g = g.to(tl.float32) * s.to(tl.float32)[None, :]
-        w = _load(w_up_ptr, start + cols, R, D_OUT, ranks, 1, R)
-        dh = tl.dot(g.to(dtype), w.to(dtype), dh, input_precision=PRECISION)
+    dgate = tl.zeros((BLOCK_M,), tl.float32)
+    if dz_ptr is not None or dgate_ptr is not None:
+        for start in range(0, D_OUT, BLOCK_D):
+            g = _load(g_ptr, rows, stride_gm, n, start + cols, 1, D_OUT)
+            if CHANNEL_SCALE:
+                s = tl.load(scale_ptr + start + cols, mask=start + cols < D_OUT, other=0.0)
+                g = g.to(tl.float32) * s.to(tl.float32)[None, :]
+            if dgate_ptr is not None and b_up_ptr is not None:
+                b_up = tl.load(b_up_ptr + start + cols, mask=start + cols < D_OUT, other=0.0)
+                dgate += tl.sum(g.to(tl.float32) * b_up.to(tl.float32)[None, :], 1)
+            w = _load(w_up_ptr, start + cols, R, D_OUT, ranks, 1, R)
+            dh = tl.dot(g.to(dtype), w.to(dtype), dh, input_precision=PRECISION)
+    s = tl.cast(alpha, tl.float32)
     if not CHANNEL_SCALE and scale_ptr is not None:
-        dh *= tl.load(scale_ptr).to(tl.float32)
+        s *= tl.load(scale_ptr).to(tl.float32)
+    dh *= s
+
     z = _load(z_ptr, rows, R, n, ranks, 1, R).to(tl.float32)
-    _store(dz_ptr, _activate_grad(dh * tl.cast(alpha, tl.float32), z, ACTIVATION), rows, R, n, ranks, 1, R)
+    if seed_ptr is not None:
+        kept = keep(seed_ptr, tl.program_id(0), ranks, threshold, BLOCK_M, BLOCK_R)
+        dh = tl.where(kept, dh * tl.cast(factor, tl.float32), 0.0)
+    if dgate_ptr is not None:
+        own = tl.sum(tl.where(ranks[None, :] < R, activate(z, ACTIVATION) * dh, 0.0), 1)
+        tl.store(dgate_ptr + rows, own + s * dgate, mask=rows < n)
+    if gate_ptr is not None:
+        gate = _load_gate(gate_ptr, rows, n)[:, None]
+        dh *= gate
+    if h_ptr is not None:
+        h = activate(z, ACTIVATION)
+        if seed_ptr is not None:
+            h = tl.where(kept, h * tl.cast(factor, tl.float32), 0.0)
+        if gate_ptr is not None:
+            h *= gate
+        _store(h_ptr, h, rows, R, n, ranks, 1, R)
+    if dz_ptr is not None:
+        dz = softmax_grad(dh, z, ranks, R) if ACTIVATION == "softmax" else activate_grad(dh, z, ACTIVATION)
+        _store(dz_ptr, dz, rows, R, n, ranks, 1, R)
 
 
 @triton.jit
@@ -238,6 +242,7 @@ def _bottleneck_adapter_bwd_slab_kernel(
     w_up_ptr,
     b_up_ptr,
     scale_ptr,
+    gate_ptr,
     dx_ptr,
     dw_down_ptr,
     db_down_ptr,
@@ -264,6 +269,7 @@ def _bottleneck_adapter_bwd_slab_kernel(
     Program axes: slab, group, chunk of BLOCK_R ranks (a wide bottleneck's accumulators do not fit the registers; dx,
     the sum over all ranks, is left to chunk 0). A gradient's pointer is None when not asked for. The shares of group
     p are written at p times the gradient's size: into workspace, or, of a single group, into the gradients themselves.
+    h is act(z); dropout and gate are in it already where there are any, and z is then h.
     """
     cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     group = tl.program_id(1)
@@ -291,10 +297,13 @@ def _bottleneck_adapter_bwd_slab_kernel(
             g = _load(g_ptr, rows, stride_gm, n, cols, 1, D_OUT)
         if WANT_UP:
             z = _load(z_ptr, rows, R, n, ranks, 1, R)
-            h = _activate(z.to(tl.float32), ACTIVATION).to(z.dtype)
+            h = activate(z.to(tl.float32), ACTIVATION).to(z.dtype)
             dw_up = tl.dot(tl.trans(h), g.to(z.dtype), dw_up, input_precision=PRECISION)
         if WANT_DB_UP:
-            db_up += tl.sum(g.to(tl.float32), 0)
+            if gate_ptr is None:
+                db_up += tl.sum(g.to(tl.float32), 0)
+            else:
+                db_up += tl.sum(g.to(tl.float32) * _load_gate(gate_ptr, rows, n)[:, None], 0)
         if WANT_DZ:
             dz = _load(dz_ptr, rows, R, n, ranks, 1, R)
         if db_down_ptr is not None:

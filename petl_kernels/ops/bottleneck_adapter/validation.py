@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from petl_kernels.ops._validate import check_dtype, check_scale, check_shape, check_tensor
@@ -21,8 +22,40 @@ def _check_bias(name: str, value: Tensor | None, x: Tensor, w: Tensor, words: st
     check_shape(_OP, name, value, (w.shape[0],), words)
 
 
+def _check_gate(gate: Any, x: Tensor) -> None:
+    check_tensor(_OP, "gate", gate, x)
+    wanted = (*x.shape[:-1], 1)
+    fits = gate.dim() <= len(wanted) and all(
+        size == 1 or size == full for size, full in zip(gate.shape[::-1], wanted[::-1])
+    )
+    if not fits:
+        raise ValueError(f"{_OP}: gate must broadcast to [..., 1] = {list(wanted)}, got {list(gate.shape)}")
+
+
+def _check_dropout(dropout: Any, seed: Any, x: Tensor) -> None:
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float, torch.SymFloat)) or not 0 <= dropout < 1:
+        raise ValueError(f"{_OP}: dropout must be a probability in [0, 1), got {dropout!r}")
+    if seed is None:
+        return
+    if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.shape not in ((), (1,)):
+        got = f"{seed.dtype} {list(seed.shape)}" if isinstance(seed, Tensor) else repr(seed)
+        raise TypeError(f"{_OP}: seed must be an int64 tensor [] or [1], got {got}")
+    if seed.device != x.device:
+        raise ValueError(f"{_OP}: seed must be on x's device {x.device}, got {seed.device}")
+
+
 def validate(
-    x: Any, w_down: Any, b_down: Any, w_up: Any, b_up: Any, residual: Any, scale: Any, activation: Any
+    x: Any,
+    w_down: Any,
+    b_down: Any,
+    w_up: Any,
+    b_up: Any,
+    residual: Any,
+    scale: Any,
+    gate: Any,
+    seed: Any,
+    dropout: Any,
+    activation: Any,
 ) -> None:
     """Raise a ValueError or TypeError for a call that has no meaning; read shapes and dtypes only."""
     check_tensor(_OP, "x", x, x)
@@ -50,4 +83,8 @@ def validate(
     if residual is not None:
         check_tensor(_OP, "residual", residual, x)
         check_shape(_OP, "residual", residual, (*x.shape[:-1], w_up.shape[0]), "[..., d_out]")
+    if gate is not None:
+        _check_gate(gate, x)
+    if seed is not None or dropout != 0:
+        _check_dropout(dropout, seed, x)
     check_scale(_OP, scale, x, ((), (1,), (w_up.shape[0],)), f"[], [1] or [d_out] = [{w_up.shape[0]}]")
