@@ -40,14 +40,12 @@ class AdapterPlus(BottleneckAdapter):
         check_probability("AdapterPlus", "drop_path", drop_path)
         self.drop_path = float(drop_path)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Adapt x [batch, ..., d]; in one call of the op where no sample can lose its branch."""
-        if residual is not None or not self.training or self.drop_path == 0:
-            return super().forward(x, residual)
-        branch = self._adapt(x, None)
-        shape = (x.shape[0],) + (1,) * (x.dim() - 1)
-        keep = torch.empty(shape, dtype=branch.dtype, device=x.device).bernoulli_(1 - self.drop_path)
-        return x + branch * (keep / (1 - self.drop_path))
+    def _gate(self, x: Tensor) -> Tensor | None:
+        """Stochastic depth: of each sample, whether its branch is there."""
+        if not self.training or self.drop_path == 0:
+            return None
+        keep = torch.empty((x.shape[0],) + (1,) * (x.dim() - 1), dtype=x.dtype, device=x.device)
+        return keep.bernoulli_(1 - self.drop_path) / (1 - self.drop_path)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, drop_path={self.drop_path}"

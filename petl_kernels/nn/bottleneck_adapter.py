@@ -7,11 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from petl_kernels.nn._check import check_choice, check_probability, check_size
-from petl_kernels.ops._validate import autocast
 from petl_kernels.ops.bottleneck_adapter import OP, bottleneck_adapter
 from petl_kernels.ops.bottleneck_adapter.reference import ACTIVATIONS
 
@@ -42,8 +40,8 @@ class BottleneckAdapter(nn.Module):
     Args:
         d_model: width d of the input and the output.
         bottleneck: width r between the projections.
-        activation: "relu", "gelu" (erf), "gelu_tanh", "silu", "tanh", "sigmoid", "leaky_relu" or "identity".
-            Houlsby et al. used "gelu_tanh", He et al. "relu".
+        activation: "relu", "gelu" (erf), "gelu_tanh", "silu", "tanh", "sigmoid", "leaky_relu", "identity" or
+            "softmax" (over the bottleneck). Houlsby et al. used "gelu_tanh", He et al. "relu".
         scale: a float; "learned" for one trained scalar [1]; "channel" for one per channel [d]. Both start at 1.
         form: "sequential", where the residual is the input itself (Houlsby et al. 2019, arXiv:1902.00751, section
             2.1), or "parallel", where it is the output of the sub-layer beside which the adapter runs (He et al. 2021,
@@ -54,8 +52,7 @@ class BottleneckAdapter(nn.Module):
             "lora": Kaiming uniform (a = sqrt 5) below and zero above, so that the adapter starts as the identity, as
             He et al. initialise parallel ones.
         bias: whether the projections have biases.
-        dropout: probability of dropping an element of the bottleneck, after the activation. While it is at work (in
-            training) the adapter runs in PyTorch's own operators, because the op has no random numbers.
+        dropout: probability of dropping an element of the bottleneck, after the activation, in training.
         impl: passed on to `petl_kernels.bottleneck_adapter`.
         device, dtype: of the parameters; "meta" defers memory until `to_empty` and `reset_parameters`.
 
@@ -139,8 +136,6 @@ class BottleneckAdapter(nn.Module):
 
     def _adapt(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """The branch of x added to any residual, or by itself."""
-        if self.training and self.dropout > 0:
-            return self._with_dropout(autocast(x), residual)
         return bottleneck_adapter(
             x,
             self.w_down,
@@ -150,17 +145,14 @@ class BottleneckAdapter(nn.Module):
             residual=residual,
             activation=self.activation,
             scale=self.scale,
+            gate=self._gate(x),
+            dropout=self.dropout if self.training else 0.0,
             impl=self.impl,
         )
 
-    def _with_dropout(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        """`_adapt`, an element of the bottleneck being zero with probability `dropout`, the others scaled up."""
-        parameters = (self.w_down, self.b_down, self.w_up, self.b_up, self.scale)
-        cast: list[Any] = [t.to(x.dtype) if isinstance(t, Tensor) else t for t in parameters]
-        w_down, b_down, w_up, b_up, scale = cast
-        hidden = F.dropout(ACTIVATIONS[self.activation](F.linear(x, w_down, b_down)), self.dropout)
-        branch = F.linear(hidden, w_up, b_up) * scale
-        return branch if residual is None else residual + branch
+    def _gate(self, x: Tensor) -> Tensor | None:
+        """A factor of the branch per row of x, None for 1."""
+        return None
 
     def extra_repr(self) -> str:
         scale: Any = self.scale
