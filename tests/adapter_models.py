@@ -38,12 +38,12 @@ def _usable_impls() -> list[str]:
 IMPLS = _usable_impls()
 
 
-def randomize(module: nn.Module) -> None:
+def randomize(module: nn.Module, seed: int = 3) -> None:
     """Weights, biases, norms and scalings at random: freshly initialized adapters are close to zero."""
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            if "adapter" in name:
+            if any(part in name for part in ("adapter", "loras", "prefix")):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.4 + 0.2)
 
 
@@ -55,6 +55,9 @@ def build(arch: str, config, names=("a",), **options) -> nn.Module:
         model = getattr(transformers, f"{prefix}Model")(settings)
     elif arch == "vit":
         model = transformers.ViTModel(transformers.ViTConfig(image_size=8, patch_size=4, **SIZES, **NO_DROPOUT))
+    elif arch == "gpt2":
+        sizes = dict(vocab_size=40, n_embd=D, n_layer=2, n_head=2, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+        model = transformers.GPT2Model(transformers.GPT2Config(**sizes))
     else:  # pre-norm decoders: llama has classes of its own, qwen2 is reached through forward hooks
         prefix = {"llama": "Llama", "qwen2": "Qwen2"}[arch]
         settings = getattr(transformers, f"{prefix}Config")(vocab_size=40, num_key_value_heads=2, **SIZES)
@@ -114,7 +117,8 @@ def count_op_calls(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
         calls.append(kwargs["impl"])
         return bottleneck_adapter(*args, **kwargs)
 
-    monkeypatch.setattr("petl_kernels.integrations.adapters.bottleneck_adapter", counted)
+    for module in ("bottleneck", "lora"):
+        monkeypatch.setattr(f"petl_kernels.integrations.adapters.{module}.bottleneck_adapter", counted)
     return calls
 
 

@@ -1,7 +1,8 @@
-"""Small random models of the `peft` library with LoRA, and how two runs of one are compared."""
+"""Small random models of the `peft` library and how two runs of one are compared."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -37,12 +38,15 @@ def base_model(arch: str = "Bert", **options: Any) -> nn.Module:
     return getattr(transformers, head)(getattr(transformers, f"{arch}Config")(**SIZES, **options))
 
 
-def randomize(model: nn.Module) -> nn.Module:
+_TRAINED = ("lora_", "ia3_l", "ln_tuning_layers", "vera_lambda", "shira_weight")
+
+
+def randomize(model: nn.Module, seed: int = 3) -> nn.Module:
     """Adapters at random: a fresh B is zero, and with it most gradients."""
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_" in name:
+            if any(part in name for part in _TRAINED):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
     return model
 
@@ -69,6 +73,12 @@ def run_model(model: nn.Module, **kwargs: Any) -> Outcome:
     weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2)).to(logits.dtype)
     grads = torch.autograd.grad((logits * weight).sum(), list(named.values()), allow_unused=True)
     return Outcome(logits.detach(), {n: g for n, g in zip(named, grads) if g is not None})
+
+
+def run_draws(model: nn.Module, exact: bool = False) -> list[Outcome]:
+    """A run for each of three draws of what trains, in float64 where it is to be exact."""
+    draws = (randomize(model, seed) for seed in (3, 4, 5))
+    return [run_model(copy.deepcopy(drawn).double() if exact else drawn) for drawn in draws]
 
 
 def assert_equal(ours: Outcome, theirs: Outcome, tolerance: float = 0.0) -> None:
@@ -99,5 +109,5 @@ def count_op_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         calls.append(kwargs["impl"])
         return bottleneck_adapter(*args, **kwargs)
 
-    monkeypatch.setattr("petl_kernels.integrations.peft.bottleneck_adapter", counted)
+    monkeypatch.setattr("petl_kernels.integrations.peft._tuner.bottleneck_adapter", counted)
     return calls

@@ -137,7 +137,6 @@ class _OwnParameter(nn.Parameter):
 def _break(kind: str) -> nn.Module:
     configs = {
         "compacter": adapters.CompacterPlusPlusConfig(reduction_factor=2, phm_dim=2),
-        "gated": adapters.SeqBnConfig(reduction_factor=4, use_gating=True),
         "prelu": adapters.SeqBnConfig(reduction_factor=4, non_linearity="prelu"),
         "quick_gelu": adapters.SeqBnConfig(reduction_factor=4, non_linearity="quick_gelu"),
     }
@@ -159,7 +158,6 @@ def _break(kind: str) -> nn.Module:
 
 _REASONS = {
     "compacter": "PHMLayer, not nn.Linear",
-    "gated": "use_gating",
     "prelu": "activation PReLU",
     "quick_gelu": "activation QuickGELU",
     "slope": r"activation LeakyReLU\(negative_slope=0.2\)",
@@ -189,13 +187,13 @@ def test_report_renders(op_calls):
     from rich.console import Console
 
     model = build("bert", PRESETS["double_seq_bn"])
-    model.add_adapter("gated", config=adapters.SeqBnConfig(use_gating=True))
+    model.add_adapter("prelu", config=adapters.SeqBnConfig(non_linearity="prelu"))
     report = fuse(model)
     assert str(report).startswith("4 modules fused, 2 not\n")
     assert "encoder.layer.0.output.adapters.a: sequential, 16 -> 4, silu, scale 1.0" in str(report)
     console = Console(record=True, width=160, file=io.StringIO())
     console.print(report)
-    assert "encoder.layer.1.output.adapters.gated" in console.export_text()
+    assert "encoder.layer.1.output.adapters.prelu" in console.export_text()
 
 
 def test_nothing_to_fuse():

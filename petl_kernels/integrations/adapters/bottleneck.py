@@ -5,6 +5,7 @@ norm or None, and core(x) = scaling * up(act(down(x))):
 
     Adapter:          x, s = pre_forward(h, r, LN)     y = core(x) + s
     ParallelAdapter:  x = r                            y = core(x) + h
+    gated:            core(x) times a factor of the sample, the mean over its positions of sigmoid(gate(x))
     both:             LN(y + r), y + r or y            (post_forward)
 
 Where one plain adapter is active, y is one call of `bottleneck_adapter`, and the walk through compositions and
@@ -17,14 +18,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from adapters.composition import Fuse, Stack
-from adapters.context import AdapterSetup, ForwardContext
+from adapters.composition import Fuse
+from adapters.context import ForwardContext
 from adapters.methods.bottleneck import BottleneckLayer, BottleneckState
 from adapters.methods.modeling import Adapter, ParallelAdapter
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from petl_kernels.integrations._swap import Fused, fused_class, observed, original_class
+from petl_kernels.integrations.adapters._setup import gate, lone_name
 from petl_kernels.integrations.report import FuseReport
 from petl_kernels.ops._validate import autocast_enabled
 from petl_kernels.ops.bottleneck_adapter import bottleneck_adapter
@@ -56,8 +58,6 @@ def _obstacle(adapter: Any) -> str | None:
     """Why the library itself has to run this adapter in every call, or None."""
     if type(adapter) is not Adapter and type(adapter) is not ParallelAdapter:
         return f"{type(adapter).__name__} is a class of its own, not the library's Adapter or ParallelAdapter"
-    if adapter.use_gating:
-        return "gated (use_gating)"
     parts = adapter._modules
     *_, down, activation = parts["adapter_down"]._modules.values()
     up = parts["adapter_up"]
@@ -69,8 +69,8 @@ def _obstacle(adapter: Any) -> str | None:
     if _activation(activation.f) is None:
         return f"the op does not have the activation {activation.f}"
     inner = activation.f if isinstance(activation.f, nn.Module) else activation
-    for module in (adapter, parts["adapter_down"], down, activation, inner, up, parts["dropout"]):
-        if observed(module):
+    for module in (adapter, parts["adapter_down"], down, activation, inner, up, parts["dropout"], parts.get("gate")):
+        if module is not None and observed(module):
             return f"a hook or a replaced forward on its {type(module).__name__}"
     return None
 
@@ -99,13 +99,15 @@ def _core(adapter: Any, x: Tensor, residual: Tensor | None, impl: str | None) ->
     parts = adapter._modules
     *_, down, activation = parts["adapter_down"]._modules.values()
     up, scaling, norm = parts["adapter_up"], adapter.scaling, parts.get("adapter_norm_after")
-    if not _dtypes_fit(x, down.weight, residual, scaling):
+    gated = adapter.use_gating
+    if not _dtypes_fit(x, down.weight, residual, scaling) or (gated and x.dim() != 3):
         y = adapter(x, residual_input=residual)[0]
         return y if residual is None or type(adapter) is Adapter else y + residual
+    factor = gate(adapter, x) if gated else None
     if adapter.add_layer_norm_before:
         x = parts["adapter_norm_before"](x)
     late = norm is not None and not (adapter.adapter_residual_before_ln and type(adapter) is Adapter)
-    added = None if late else residual
+    added = None if late or gated else residual
     if isinstance(scaling, Tensor) and added is not None:
         # Under autocast a learned scaling stays float32, and with it the product and the sum.
         added = added.to(torch.promote_types(added.dtype, scaling.dtype))
@@ -122,6 +124,10 @@ def _core(adapter: Any, x: Tensor, residual: Tensor | None, impl: str | None) ->
     )
     if isinstance(scaling, Tensor):
         y = y.to(torch.promote_types(y.dtype, scaling.dtype))
+    if factor is not None:
+        y = y * factor
+        if residual is not None and not late:
+            y = y + residual
     if norm is not None:
         y = norm(y)
     return y + residual if late and residual is not None else y
@@ -147,17 +153,8 @@ class _FusedSite(Fused, BottleneckLayer):
 
     def _lone_adapter(self, hidden_states: Tensor, residual_input: Tensor | None) -> Any:
         """The adapter that alone acts here in this call and may run fused, or None."""
-        config = self.__dict__.get("adapters_config")
-        contexts = AdapterSetup.get_contexts()
-        setup: Any = contexts[-1].adapter_setup if contexts else getattr(config, "active_setup", None)
-        if type(setup) is not Stack or len(setup.children) != 1 or not isinstance(setup.children[0], str):
-            return None
-        if config is None or (config.skip_layers is not None and self.layer_idx in config.skip_layers):
-            return None
-        forwards = ForwardContext.get_contexts()
-        if forwards and forwards[-1].output_adapter_gating_scores:
-            return None
-        adapter = self.adapters._modules.get(setup.children[0])
+        name = lone_name(self)
+        adapter = None if name is None else self.adapters._modules.get(name)
         if residual_input is None:
             if type(adapter) is ParallelAdapter:
                 return None  # the library's error
@@ -226,6 +223,7 @@ def _describe(adapter: Any) -> str:
     scaling = adapter.scaling
     scale = f"learned [{scaling.numel()}]" if isinstance(scaling, Tensor) else str(scaling)
     text = f"{form}, {down.in_features} -> {down.out_features}, {_activation(activation.f)}, scale {scale}"
+    text += ", gated" if adapter.use_gating else ""
     if adapter.dropout.p > 0:
         text += f"; not while dropout {adapter.dropout.p} is training"
     elif "DropPath" in adapter._modules and form == "sequential":
