@@ -20,13 +20,14 @@ _LIBRARIES = ("adapters", "peft")
 def fuse(model: nn.Module, *, impl: str | None = None, strict: bool = False) -> FuseReport:
     """Let the adapters of `model` run fused, in place: same outputs, gradients, parameter names and state_dict.
 
-    Knows the `adapters` library (its bottleneck adapters, at every place of a model where they can stand) and `peft`
-    (LoRA on linear layers; its other tuner layers are reported with the reason), and hand-written modules whose
+    Knows the `adapters` library (bottleneck adapters, LoRA and (IA)^3, at every place of a model where they can stand)
+    and `peft` (LoRA, (IA)^3 and VeRA on linear layers, LN tuning, SHiRA of whole rows or columns), whose other methods
+    are reported with the reason, and hand-written modules whose
     forward, traced, is `[norm,] linear, activation, linear [, scale] [, + residual]` through a bottleneck. Modules are
     swapped by class: isinstance, deepcopy, pickle and torch.save keep working, and adapters may be added, deleted,
     merged, loaded or activated afterwards. Every call checks its own conditions (one active adapter or, in `adapters`,
     a composition that allows it, dropout in training, hooks, dtypes); where they do not hold, the library's own path
-    computes it. So it does, with `impl=None`, LoRA's calls that are too small to gain. An adapter added later runs
+    computes it. So it does, with `impl=None`, `peft`'s calls that would not gain. An adapter added later runs
     fused, by the same checks, where another one stood at the time of `fuse`; elsewhere only after another `fuse`.
 
     Args:
