@@ -7,7 +7,6 @@ STEPS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-
 PEFT := .venv-peft
 
 .PHONY: demo two-stage test lint test-cpp test-python test-integrations resources bench clean
