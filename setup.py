@@ -1,8 +1,8 @@
 """Hands csrc to CMake and Ninja; everything else is in pyproject.toml.
 
 PETL_KERNELS_CUDA=auto|0|1 and PETL_KERNELS_CUDA_ARCHS choose the CUDA part. Without a working compiler the package
-installs all the same, on its PyTorch and Triton implementations, and `petl-kernels env` gives the reason;
-PETL_KERNELS_CPU=1 makes that an error and PETL_KERNELS_CPU=0 skips the compiler.
+installs all the same, on PyTorch and Triton, and `petl-kernels env` gives the reason; PETL_KERNELS_CPU=1 makes that an
+error and PETL_KERNELS_CPU=0 skips the compiler.
 """
 
 import json
@@ -15,11 +15,12 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path(__file__).parent / "csrc"
+NAMES = ("petl_kernels._cpu", "petl_kernels._cuda")
 
 
 class CMakeBuild(build_ext):
-    def build_extension(self, ext: Extension) -> None:
-        target = Path(self.get_ext_fullpath(ext.name)).absolute().parent
+    def build_extensions(self) -> None:  # all in one run of CMake; _cuda where there is a toolkit
+        target = Path(self.get_ext_fullpath(NAMES[0])).absolute().parent
         target.mkdir(parents=True, exist_ok=True)
         report = (CSRC.parent / "petl_kernels" if self.editable_mode else target) / "_build.json"
         wanted = os.environ.get("PETL_KERNELS_CPU", "auto")
@@ -50,10 +51,9 @@ class CMakeBuild(build_ext):
             "PETL_CUDA_ARCHS": os.environ.get("PETL_KERNELS_CUDA_ARCHS", "80;86;90a;100;120"),
         }
         run = {"check": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        subprocess.run(
-            ["cmake", "-S", CSRC, "-B", build, "-G", "Ninja", *(f"-D{k}={v}" for k, v in options.items())], **run
-        )
+        defined = [f"-D{k}={v}" for k, v in options.items()]
+        subprocess.run(["cmake", "-S", CSRC, "-B", build, "-G", "Ninja", *defined], **run)
         subprocess.run(["cmake", "--build", build], **run)
 
 
-setup(ext_modules=[Extension("petl_kernels._cpu", sources=[], optional=True)], cmdclass={"build_ext": CMakeBuild})
+setup(ext_modules=[Extension(n, sources=[], optional=True) for n in NAMES], cmdclass={"build_ext": CMakeBuild})

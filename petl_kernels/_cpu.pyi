@@ -1,4 +1,4 @@
-# Arguments in the order of csrc/bindings/cpu.cpp; a matrix is `ops._native.rows(tensor)`, None when absent.
+# Arguments in the order of csrc/bindings/cpu.cpp; a matrix is `ops._rows.rows(tensor)`, None when absent.
 from typing import Any
 
 def bottleneck_forward(*args: Any) -> None: ...

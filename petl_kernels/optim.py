@@ -34,7 +34,7 @@ class ChannelAdamW(ChannelOptimizer):
             float16 or float64, of any strides in which no two elements share a place.
         lr: learning rate, a float or a tensor of one element (which the host reads at every step).
         betas, eps, weight_decay, maximize: as in `torch.optim.AdamW`. Decay is decoupled.
-        impl: "reference", "cpp", "triton", or None for the fastest known; see `use_impl`.
+        impl: "reference", "cpp", "triton", "cuda", or None for the fastest known; see `use_impl`.
 
     Raises:
         ValueError: a hyper-parameter out of range, channels that are not distinct or do not exist, a tensor given

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from table import DTYPES, device, marks
+from table import DTYPES, demanded, device, marks
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -59,17 +58,18 @@ ENTRIES: dict[str, tuple[tuple[int, ...], list[int] | None, int]] = {
 
 def impl_dtype(fp64: bool = True) -> list[Any]:
     """Parameters (impl, dtype): those of the table of demands."""
-    only = os.environ.get("PETL_KERNELS_TEST_IMPLS")
     return [
         pytest.param(impl, dtype, id=f"{impl}-{str(dtype).removeprefix('torch.')}", marks=marks(impl))
         for impl, dtypes in DTYPES.items()
-        if not only or impl in only.split(",")
+        if demanded(impl)
         for dtype in dtypes
         if fp64 or dtype != torch.float64
     ]
 
 
-EVERY_IMPL = pytest.mark.parametrize("impl", [p.values[0] for p in impl_dtype() if p.values[1] == torch.float32])
+EVERY_IMPL = pytest.mark.parametrize(
+    "impl", [pytest.param(p.values[0], marks=p.marks) for p in impl_dtype() if p.values[1] == torch.float32]
+)
 
 
 def gathered(t: Tensor, channels: Tensor | None, dim: int) -> Tensor:

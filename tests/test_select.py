@@ -23,10 +23,11 @@ OP = CASE.op
 
 @pytest.fixture
 def fakes(monkeypatch):
-    """The op with two recording stand-ins, so that a choice shows without anything having been built."""
+    """The op with recording stand-ins, so that a choice shows without anything having been built."""
     package = "petl_kernels.ops." + OP.name
     state = SimpleNamespace(ran=[], refusals={}, op=OP)
-    for name in ("cpp", "triton"):
+    names = [name for name in OP.impls if name != "reference"]
+    for name in names:
 
         def forward(x, w_down, *rest, name=name):
             state.ran.append(name)
@@ -39,7 +40,7 @@ def fakes(monkeypatch):
         monkeypatch.setitem(sys.modules, f"{package}.{name}", module)
         monkeypatch.setattr(f"{package}.{name}", module, raising=False)
         monkeypatch.setitem(OP.directions["forward"]._callables, name, forward)
-    monkeypatch.setattr("petl_kernels.ops._op._import_failures", {f"{package}.{n}": None for n in ("cpp", "triton")})
+    monkeypatch.setattr("petl_kernels.ops._op._import_failures", {f"{package}.{n}": None for n in names})
     monkeypatch.delenv("PETL_KERNELS_IMPL", raising=False)
     return state
 
@@ -121,7 +122,7 @@ def test_explain(fakes):
     fakes.refusals = {"triton": "it is a Tuesday"}
     call = arguments(CASE.inputs(CASE.host))
     auto = explain(CASE.fn, **call)
-    assert (auto.op, auto.chosen, set(auto.others)) == (OP.name, "cpp", {"reference", "triton"})
+    assert (auto.op, auto.chosen, set(auto.others)) == (OP.name, "cpp", set(OP.impls) - {"cpp"})
     assert auto.others["triton"] == "it is a Tuesday"
     assert str(auto).splitlines()[0] == f"{OP.name} runs on 'cpp'"
     assert "  not triton: it is a Tuesday" in str(auto).splitlines()

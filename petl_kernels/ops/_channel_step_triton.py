@@ -1,4 +1,4 @@
-"""What the Triton optimizers share: the table on the device, and how a program finds its elements in it."""
+"""What the Triton optimizers share: their launch, and how a program finds its elements in the table."""
 
 # mypy: ignore-errors
 # In Triton an annotation is no type: it marks a constant of compilation.
@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
 import triton
@@ -15,73 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from petl_kernels.ops._channel_step import FIELDS, NUMBERS, Table
+from petl_kernels.ops._channel_step_device import BLOCK, on_device
 from petl_kernels.ops._triton import device_of, warps
-
-BLOCK = 1024  # elements of a program
 
 _FIELDS = tl.constexpr(len(FIELDS))
 _STATE_0, _STATE_1, _STEP = tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)
 _NUMBERS = tl.constexpr(NUMBERS)
-
-
-class DeviceTable:
-    """A table on its device, uploaded again when an address or a hyper-parameter has changed.
-
-    Behind the rows of the table stand the hyper-parameters (float64, as bits), and in `programs` the tensor of each
-    program and the first program of that tensor.
-    """
-
-    def __init__(self, table: Table) -> None:
-        self._table = table
-        self._device = table.device
-        blocks = torch.tensor([triton.cdiv(size, BLOCK) for size in table.sizes])
-        owner = torch.repeat_interleave(torch.arange(table.count), blocks)
-        first = blocks.cumsum(0) - blocks
-        self._programs = torch.stack([owner, first[owner]], 1).contiguous().to(self._device)
-        self._dtypes = tuple(code in table.rows[FIELDS.index("dtype") :: len(FIELDS)] for code in range(3))
-        self._uploaded: tuple[array, array] | None = None
-
-    @classmethod
-    def of(cls, table: Table) -> DeviceTable:
-        """The one that belongs to `table`, made once."""
-        if table.on_device is None:
-            table.on_device = cls(table)
-        return table.on_device
-
-    def launch(
-        self, kernel: triton.JITFunction, numbers: array[float], grad_scale: Tensor | None, found_inf: Tensor | None
-    ) -> None:
-        """Run `kernel` over every element of every tensor."""
-        rows = self._table.rows
-        if self._uploaded != (rows, numbers):
-            self._uploaded = (rows[:], numbers[:])
-            bits = torch.frombuffer(array("q", rows.tobytes() + numbers.tobytes()), dtype=torch.int64)
-            self._rows = bits.to(self._device, copy=True)
-            self._numbers = self._rows[len(rows) :].view(torch.float64)
-        if not len(self._programs):
-            return
-        options = dict(zip(("FLOAT32", "BFLOAT16", "FLOAT16"), self._dtypes), BLOCK=BLOCK)
-        with torch.cuda.device(self._device) if self._device.type == "cuda" else torch.no_grad():
-            kernel[(len(self._programs),)](
-                self._rows,
-                self._numbers,
-                self._programs,
-                grad_scale,
-                found_inf,
-                **options,
-                num_warps=warps(8, device_of(self._device)),
-            )
-
-
-@contextmanager
-def advance(steps: Sequence[Tensor], found_inf: Tensor | None) -> Iterator[None]:
-    """Count the step before the block and take it back after it where `found_inf` says so; the host does not ask."""
-    counted = [t for t in steps if t.numel()]
-    if counted:
-        torch._foreach_add_(counted, 1)
-    yield
-    if counted and found_inf is not None:
-        torch._foreach_sub_(counted, [(found_inf != 0).to(torch.float32).reshape(())] * len(counted))
 
 
 def launch_over(
@@ -92,12 +29,20 @@ def launch_over(
     found_inf: Tensor | None,
 ) -> None:
     """Count the step and run `kernel` over every element of every tensor of `table`."""
-    if table.count == 0:
-        return
-    on_device = DeviceTable.of(table)
-    # The kernel reads the counters after this, and no program waits for another that writes one.
-    with advance(table.steps, found_inf):
-        on_device.launch(kernel, numbers, grad_scale, found_inf)
+    with on_device(table, numbers, found_inf) as held:
+        if held is None:
+            return
+        options = dict(zip(("FLOAT32", "BFLOAT16", "FLOAT16"), held.dtypes), BLOCK=BLOCK)
+        with torch.cuda.device(table.device) if table.device.type == "cuda" else torch.no_grad():
+            kernel[(len(held.programs),)](
+                held.rows,
+                held.numbers,
+                held.programs,
+                grad_scale,
+                found_inf,
+                **options,
+                num_warps=warps(8, device_of(table.device)),
+            )
 
 
 @triton.jit

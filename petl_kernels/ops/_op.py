@@ -50,13 +50,13 @@ class Direction:
         return self._run(*args, impl)
 
 
-def _assume_constant(fn: Callable[..., Any]) -> Callable[..., Any]:
+def assume_constant(fn: Callable[..., Any]) -> Callable[..., Any]:
     """`torch.compiler.assume_constant_result` without its import of torch._dynamo and triton, 1.2 s of CPU time."""
     fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return fn
 
 
-@_assume_constant
+@assume_constant
 def _in_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
@@ -87,7 +87,7 @@ def opaque(call: Sequence[Any]) -> bool:
 _import_failures: dict[str, str | None] = {}
 
 
-@_assume_constant
+@assume_constant
 def _import_failure(name: str) -> str | None:
     """Import a module once; None, or why it cannot be imported. Not traceable, hence a constant to a compiler."""
     if name not in _import_failures:

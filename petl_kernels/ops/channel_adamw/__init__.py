@@ -19,7 +19,7 @@ def _preference(params: Tensors, *_: Any) -> tuple[str, ...]:
     return ("cpp",) if params and params[0].device.type == "cpu" else ()
 
 
-OP = Op(__name__, impls=("cpp", "triton"), preference=_preference)
+OP = Op(__name__, impls=("cpp", "triton", "cuda"), preference=_preference)
 
 # Hyper-parameters have one entry per tensor. `channels` is None where all of a tensor is updated.
 UPDATE = OP.direction(
@@ -97,7 +97,7 @@ def channel_adamw_(
         lr, beta1, beta2, eps, weight_decay, maximize: one number, or a list with one per tensor.
         grad_scale: float32, one element; gradients are divided by it. They are not written to.
         found_inf: float32, one element; where it is not zero nothing changes.
-        impl: "reference", "cpp", "triton", or None for the fastest known.
+        impl: "reference", "cpp", "triton", "cuda", or None for the fastest known.
 
     Raises:
         ValueError: lists of different lengths; a shape, device, dim or channel that does not fit; a tensor twice.

@@ -24,7 +24,7 @@ def _preference(activation: Tensor, *_: Any) -> tuple[str, ...]:
     return ("cpp",) if activation.device.type == "cpu" else ()
 
 
-OP = Op(__name__, impls=("cpp", "triton"), preference=_preference)
+OP = Op(__name__, impls=("cpp", "triton", "cuda"), preference=_preference)
 
 FORWARD = OP.direction(
     "channel_importance_fwd(Tensor activation, Tensor grad, str reduction) -> Tensor scores", "forward", _fake_forward
@@ -57,7 +57,7 @@ def channel_importance(
             "sq_sample": the sum over samples of (sum over the middle dimensions of a g)^2, their method 23. Each row
             of a 2-D activation is a sample, and a 1-D activation is one.
             "abs": sum of |a g|.
-        impl: "reference", "cpp", "triton", or None for the fastest known; see `explain` and `use_impl`.
+        impl: "reference", "cpp", "triton", "cuda", or None for the fastest known; see `explain` and `use_impl`.
 
     Returns:
         [d], float32 (float64 for float64), never requiring a gradient; products and sums are made in that precision.

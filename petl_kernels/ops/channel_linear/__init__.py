@@ -30,7 +30,7 @@ def _preference(x: Tensor, *_: Any) -> tuple[str, ...]:
     return ("cpp",) if x.device.type == "cpu" else ()
 
 
-OP = Op(__name__, impls=("cpp", "triton"), preference=_preference)
+OP = Op(__name__, impls=("cpp", "triton", "cuda"), preference=_preference)
 
 # There is no forward direction: y = x W^T + b and dx = g W are torch's own products, which no kernel of ours would
 # beat, and which a compiler fuses with its surroundings. What is ours is the gradient of the chosen part.
@@ -159,7 +159,7 @@ def channel_linear(
         channel_weight: what trains, [k, d_in] (dim 0) or [d_out, k] (dim 1); its dtype may differ from weight's.
         channel_bias: the trained part of the bias, [k], with dim 0 only; or None, and the bias stays frozen.
         dim: 0 for output rows, 1 for input columns.
-        impl: "reference", "cpp", "triton", or None for the fastest known; see `explain` and `use_impl`.
+        impl: "reference", "cpp", "triton", "cuda", or None for the fastest known; see `explain` and `use_impl`.
 
     Returns:
         [..., d_out] in x's dtype. Each gradient has its input's dtype.

@@ -1,0 +1,101 @@
+// petl_kernels._cuda: the CUDA kernels for Python. Addresses, sizes and a stream come in, nothing of torch; the caller
+// holds the tensors, and what is launched here runs on in the stream after the return.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "../cuda/kernels.h"
+
+namespace py = pybind11;
+using namespace petl;
+
+namespace {
+
+using Matrix = std::optional<std::tuple<uintptr_t, int, int64_t>>;  // address, dtype, row stride in elements
+
+Rows rows(const Matrix& m) {
+  if (!m) return {};
+  const auto [address, dtype, stride] = *m;
+  return {reinterpret_cast<void*>(address), static_cast<DType>(dtype), stride};
+}
+
+using Where = std::tuple<int, uintptr_t, int, int64_t, bool>;  // petl_kernels.ops._cuda.launch_on
+
+cuda::Launch launch(const Where& where) {
+  const auto [device, stream, processors, shared_bytes, fast] = where;
+  return {device, reinterpret_cast<void*>(stream), processors, shared_bytes, fast};
+}
+
+// `allocate(bytes)` returns the address of workspace that outlives what is launched.
+void* workspace(const py::object& allocate, int64_t bytes) {
+  return reinterpret_cast<void*>(bytes ? allocate(bytes).cast<uintptr_t>() : 0);
+}
+
+void bottleneck_forward(const Where& where, std::tuple<int64_t, int64_t, int64_t, int64_t> sizes, const Matrix& x,
+                        const Matrix& w_down, const Matrix& b_down, const Matrix& w_up, const Matrix& b_up,
+                        const Matrix& residual, const Matrix& scale, int64_t scale_size, double alpha, int activation,
+                        const Matrix& y, const Matrix& z) {
+  const auto [n, d_in, r, d_out] = sizes;
+  cuda::bottleneck_forward({n, d_in, r, d_out, rows(x), rows(w_down), rows(b_down), rows(w_up), rows(b_up),
+                            rows(residual), rows(scale), Rows{}, scale_size, Dropout{}, alpha,
+                            static_cast<Activation>(activation), rows(y), rows(z), 0},
+                           launch(where));
+}
+
+void bottleneck_backward(const Where& where, std::tuple<int64_t, int64_t, int64_t, int64_t> sizes, const Matrix& g,
+                         const Matrix& x, const Matrix& z, const Matrix& w_down, const Matrix& w_up, const Matrix& b_up,
+                         const Matrix& scale, int64_t scale_size, double alpha, int activation, bool add_g,
+                         const Matrix& dx, const Matrix& dw_down, const Matrix& db_down, const Matrix& dw_up,
+                         const Matrix& db_up, const Matrix& dscale, const py::object& allocate) {
+  const auto [n, d_in, r, d_out] = sizes;
+  const BottleneckBackward call{n, d_in, r, d_out, rows(g), rows(x), rows(z), rows(w_down), rows(w_up), rows(b_up),
+                                rows(scale), Rows{}, scale_size, Dropout{}, alpha, static_cast<Activation>(activation),
+                                add_g, rows(dx), rows(dw_down), rows(db_down), rows(dw_up), rows(db_up), rows(dscale),
+                                Rows{}, 0};
+  const cuda::Launch on = launch(where);
+  cuda::bottleneck_backward(call, on, workspace(allocate, cuda::bottleneck_workspace(call, on)));
+}
+
+void channel_gradient(const Where& where, std::tuple<int64_t, int64_t, int64_t> sizes, const Matrix& picked,
+                      uintptr_t channels, const Matrix& dense, bool transposed, const Matrix& dw, const Matrix& db,
+                      const py::object& allocate) {
+  const auto [n, k, d] = sizes;
+  const ChannelGradient call{n,          k,        d,        rows(picked), reinterpret_cast<const int64_t*>(channels),
+                             rows(dense), transposed, rows(dw), rows(db),   0};
+  const cuda::Launch on = launch(where);
+  cuda::channel_gradient(call, on, workspace(allocate, cuda::channel_gradient_workspace(call, on)));
+}
+
+void channel_importance(const Where& where, std::tuple<int64_t, int64_t, int64_t> sizes, const Matrix& activation,
+                        const Matrix& grad, int reduction, const Matrix& scores, const py::object& allocate) {
+  const auto [n, d, sample_rows] = sizes;
+  const ChannelImportance call{n, d, sample_rows, rows(activation), rows(grad), static_cast<Reduction>(reduction),
+                               rows(scores), 0};
+  const cuda::Launch on = launch(where);
+  cuda::channel_importance(call, on, workspace(allocate, cuda::channel_importance_workspace(call, on)));
+}
+
+// Addresses on the device, of what `petl_kernels.ops._channel_step_device.DeviceTable` holds.
+cuda::DeviceStep device_step(uintptr_t rows, uintptr_t numbers, uintptr_t programs, int64_t count, uintptr_t grad_scale,
+                             uintptr_t found_inf) {
+  return {reinterpret_cast<const int64_t*>(rows),      reinterpret_cast<const double*>(numbers),
+          reinterpret_cast<const int64_t*>(programs),  count,
+          reinterpret_cast<const float*>(grad_scale), reinterpret_cast<const float*>(found_inf)};
+}
+
+template <void (*kStep)(const cuda::DeviceStep&, const cuda::Launch&)>
+void channel_step(const Where& where, uintptr_t rows, uintptr_t numbers, uintptr_t programs, int64_t count,
+                  uintptr_t grad_scale, uintptr_t found_inf) {
+  kStep(device_step(rows, numbers, programs, count, grad_scale, found_inf), launch(where));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+  m.doc() = "CUDA kernels of petl_kernels";
+  m.def("bottleneck_forward", &bottleneck_forward);
+  m.def("bottleneck_backward", &bottleneck_backward);
+  m.def("channel_gradient", &channel_gradient);
+  m.def("channel_importance", &channel_importance);
+  m.def("channel_adamw", &channel_step<cuda::channel_adamw>);
+  m.def("channel_sgd", &channel_step<cuda::channel_sgd>);
+}

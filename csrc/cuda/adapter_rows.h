@@ -1,0 +1,247 @@
+// The kernel by rows, which is the adapter's forward and the first launch of its backward. Both are two products with
+// something small between:
+//   forward   z  = x w_down^T + b_down,    h  = act(z),         y  = residual + s (h w_up^T + b_up)
+//   backward  dh = (s g) w_up,             dz = dh act'(z),     dx = dz w_down (+ g)
+// A block takes kBlockM rows. The wide matrix comes in slabs of 128 bytes a row; so do the weights, and all slabs of both
+// phases pass through one ring of cp.async stages without a stop between the phases. Where what is added at the end is
+// what came in (the sequential adapter) and the slabs of all columns fit, they stay: x is read once. 64 rows of 768
+// columns are 96 KiB in 16 bits. Results take the place of the residual in its slab, and leave in whole sectors.
+#pragma once
+
+#include "activation.h"
+#include "mma.h"
+
+namespace petl::cuda {
+
+struct AdapterRows {
+  int64_t n;
+  int d_from, r, d_to;  // columns of what comes in, of the bottleneck, of what comes out (0: nothing does)
+  Source from, w_down, w_up, residual;  // x or g, ..., nothing or what is added
+  bool resident;                        // `residual` is `from`, and its slabs stay
+  Rows b_down, b_up, scale;
+  int scale_size;
+  float alpha;
+  Activation activation;
+  bool vectors;   // rows of `to` begin on 16 bytes
+  Rows to, z;     // y or dx; z is written in the forward, unless absent, and read in the backward
+  Rows dz, h;     // backward: for the gradients of the parameters; may be absent
+  float* dscale;  // backward: a float per block, sum of h (g w_up); may be absent
+  bool fast;      // floats as tf32
+};
+
+// Stages of the ring: the weights of a wide bottleneck are 32 KiB each.
+template <int kRanks>
+constexpr int kStages = kRanks > 64 ? 2 : 3;
+
+template <typename T>
+int64_t weight_stage_bytes(int64_t r) {
+  return round_up(r, kWidth<T>) * kRowBytes;  // of w_down r rows, of w_up kWidth rows in r / kWidth tiles
+}
+template <typename T>
+int64_t adapter_shared_bytes(int64_t block_m, int stages, int64_t d_from, int64_t r, bool resident) {
+  const int64_t slots = resident ? cdiv(d_from, kWidth<T>) : stages;
+  return (slots + cdiv(r, kWidth<T>)) * block_m * kRowBytes + stages * weight_stage_bytes<T>(r) + kWarps * 4;
+}
+
+template <typename T, int kRanks, int kBlockM, bool kBackward>
+__global__ void __launch_bounds__(kThreads, kRanks > 64 ? 1 : 2) adapter_rows_kernel(const __grid_constant__ AdapterRows call) {
+  constexpr int kAcross = kWarps / (kBlockM / 16);             // warps side by side
+  constexpr int kPairs = (kRanks / 16 + kAcross - 1) / kAcross;  // of 8 ranks, per warp
+  constexpr int kOutPairs = kWidth<T> / 16 > kAcross ? kWidth<T> / 16 / kAcross : 1;
+  constexpr int kSteps = kWidth<T> / kDeep<T>, kRing = kStages<kRanks>, kSlab = kBlockM * kRowBytes;
+  constexpr int kSubTile = kWidth<T> * kRowBytes;  // of w_up: kWidth rows, as many ranks
+
+  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = lane_of_thread();
+  const int down = warp / kAcross * 16, across = warp % kAcross;  // this warp's rows and its place beside the others
+  const int64_t row_0 = static_cast<int64_t>(blockIdx.x) * kBlockM;
+  const int r = call.r, pairs = (r + 15) / 16, ranks = 16 * pairs;
+  const int slabs = static_cast<int>(cdiv(call.d_from, kWidth<T>)), out_slabs = static_cast<int>(cdiv(call.d_to, kWidth<T>));
+  const int slots = call.resident ? slabs : kRing;
+  const int stage_bytes = static_cast<int>(cdiv(r, kWidth<T>)) * kSubTile;
+
+  unsigned char* const slab_memory = shared_memory();
+  unsigned char* const weights = slab_memory + slots * kSlab;
+  unsigned char* const h_tile = weights + kRing * stage_bytes;  // kWidth ranks after the other
+  const void* const factors = kBackward && call.scale_size > 1 ? call.scale.data : nullptr;
+
+  // Slab i of the sequence that both phases make up.
+  const auto slab_of = [&](int i) {
+    return slab_memory + (call.resident ? (i < slabs ? i : i - slabs) : i % kRing) * kSlab;
+  };
+  const auto load_slab = [&](int i) {
+    unsigned char* const stage = weights + i % kRing * stage_bytes;
+    const bool first = i < slabs;
+    const int col = (first ? i : i - slabs) * kWidth<T>;
+    if (first) {
+      load_tile<T>(slab_of(i), kBlockM, call.from, row_0, col);
+    } else if (call.residual.data && !call.resident) {
+      load_tile<T>(slab_of(i), kBlockM, call.residual, row_0, col);
+    }
+    if (first != kBackward) {
+      load_tile<T>(stage, ranks, call.w_down, 0, col);
+    } else {
+      for (int k = 0; k < r; k += kWidth<T>) {
+        load_tile_scaled<T>(stage + k / kWidth<T> * kSubTile, kWidth<T>, call.w_up, col, k, factors, call.scale.dtype);
+      }
+    }
+  };
+  // Waits for slab i, and asks for the one whose place has just become free.
+  const auto next_slab = [&](int i) {
+    copy_async_wait<kRing - 2>();
+    sync_block();
+    if (i + kRing - 1 < slabs + out_slabs) load_slab(i + kRing - 1);
+    copy_async_commit();
+  };
+#pragma unroll
+  for (int i = 0; i < kRing - 1; ++i) {
+    if (i < slabs + out_slabs) load_slab(i);
+    copy_async_commit();
+  }
+
+  // The first product, [kBlockM, r].
+  float acc[kPairs][2][4] = {};
+  for (int i = 0; i < slabs; ++i) {
+    next_slab(i);
+    unsigned char *const tile = slab_of(i), *const stage = weights + i % kRing * stage_bytes;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      OperandA a;
+      load_a<T>(a, tile, down, step);
+#pragma unroll
+      for (int p = 0; p < kPairs; ++p) {
+        const int rank = (p * kAcross + across) * 16;
+        if (rank >= r) continue;
+        OperandB b;
+        if constexpr (kBackward) {
+          load_b_transposed<T>(b, stage + rank / kWidth<T> * kSubTile, rank % kWidth<T>, step * kDeep<T>);
+        } else {
+          load_b<T>(b, stage, rank, step);
+        }
+        multiply<T>(acc[p], a, b, call.fast);
+      }
+    }
+  }
+
+  // It goes to shared memory, rounded as eager rounds it: there a loop over its elements holds the activations' code once,
+  // not once per accumulator.
+  const float s = call.alpha * (call.scale_size == 1 ? load_float(call.scale.data, call.scale.dtype, 0) : 1.0f);
+  const auto h_at = [&](int row, int col) {
+    return element_of<T>(h_tile + col / kWidth<T> * kSlab, row, col % kWidth<T>);
+  };
+  const auto each_element = [&](auto&& f) {
+    for (int row = warp; row < kBlockM; row += kWarps) {
+      for (int col = lane; col < ranks; col += kWarp) f(h_at(row, col), row_0 + row, col, row_0 + row < call.n && col < r);
+    }
+  };
+  const auto z_at = [&](int64_t n, int col) { return static_cast<T*>(call.z.data) + n * call.z.stride + col; };
+  const bool wants_dscale = kBackward && call.dscale;
+  if (wants_dscale) {  // h, which the accumulators meet before they are scaled and rounded
+    each_element([&](T* at, int64_t n, int col, bool inside) {
+      *at = from_float<T>(inside ? activate(to_float(*z_at(n, col)), call.activation).value : 0.0f);
+    });
+    sync_block();
+  }
+  float dscale = 0;
+#pragma unroll
+  for (int p = 0; p < kPairs; ++p) {
+    const int rank = (p * kAcross + across) * 16;
+    if (rank >= r) continue;
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      const int col = rank + e / 4 * 8 + lane % 4 * 2 + e % 2, row = down + lane / 4 + e % 4 / 2 * 8;
+      T* const at = h_at(row, col);
+      float value = acc[p][e / 4][e % 4];
+      if constexpr (kBackward) {
+        if (wants_dscale) dscale += row_0 + row < call.n && col < r ? value * to_float(*at) : 0.0f;
+        value *= s;
+      } else if (call.b_down.data && col < r) {
+        value += load_float(call.b_down.data, call.b_down.dtype, col);
+      }
+      *at = from_float<T>(value);
+    }
+  }
+  sync_block();
+  each_element([&](T* at, int64_t n, int col, bool inside) {
+    if (!inside) {  // zero must come out: an infinite x times the zeros beside the weights is NaN
+      *at = from_float<T>(0.0f);
+    } else if constexpr (kBackward) {
+      const Activated act = activate(to_float(*z_at(n, col)), call.activation);
+      *at = from_float<T>(to_float(*at) * act.slope);
+      if (call.dz.data) static_cast<T*>(call.dz.data)[n * call.dz.stride + col] = *at;
+      if (call.h.data) static_cast<T*>(call.h.data)[n * call.h.stride + col] = from_float<T>(act.value);
+    } else {
+      if (call.z.data) *z_at(n, col) = *at;
+      *at = from_float<T>(activate(to_float(*at), call.activation).value);
+    }
+  });
+  if (wants_dscale) {
+    float* const shares = reinterpret_cast<float*>(h_tile + cdiv(r, kWidth<T>) * kSlab);
+    for (int mask = kWarp / 2; mask > 0; mask /= 2) dscale += shuffle_xor(dscale, mask);
+    if (lane == 0) shares[warp] = dscale;
+    sync_block();
+    if (threadIdx.x == 0) {
+      float sum = 0;
+      for (int i = 0; i < kWarps; ++i) sum += shares[i];
+      call.dscale[blockIdx.x] = sum;
+    }
+  }
+
+  // The second product, slab by slab.
+  for (int j = 0; j < out_slabs; ++j) {
+    next_slab(slabs + j);
+    unsigned char *const slab = slab_of(slabs + j), *const stage = weights + (slabs + j) % kRing * stage_bytes;
+    const int first_col = across * kOutPairs * 16;
+    if (first_col >= kWidth<T>) continue;  // more warps than columns
+    float out[kOutPairs][2][4] = {};
+    for (int step = 0; step * kDeep<T> < r; ++step) {
+      OperandA a;
+      load_a<T>(a, h_tile + step / kSteps * kSlab, down, step % kSteps);
+#pragma unroll
+      for (int p = 0; p < kOutPairs; ++p) {
+        OperandB b;
+        if constexpr (kBackward) {
+          load_b_transposed<T>(b, stage, first_col + p * 16, step * kDeep<T>);
+        } else {
+          load_b<T>(b, stage + step / kSteps * kSubTile, first_col + p * 16, step % kSteps);
+        }
+        multiply<T>(out[p], a, b, call.fast);
+      }
+    }
+#pragma unroll
+    for (int p = 0; p < kOutPairs; ++p) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {  // two rows of each column
+        const int col = first_col + p * 16 + e / 2 * 8 + lane % 4 * 2 + e % 2;
+        const int64_t channel = static_cast<int64_t>(j) * kWidth<T> + col;
+        float bias = 0, factor = 1;
+        if (!kBackward && channel < call.d_to) {
+          if (call.b_up.data) bias = load_float(call.b_up.data, call.b_up.dtype, channel);
+          factor = call.scale_size > 1 ? call.alpha * load_float(call.scale.data, call.scale.dtype, channel) : s;
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          T* const at = element_of<T>(slab, down + lane / 4 + half * 8, col);
+          float value = (out[p][e / 2][e % 2 + 2 * half] + bias) * factor;
+          if (call.residual.data) value += to_float(*at);
+          *at = from_float<T>(value);
+        }
+      }
+    }
+    sync_warp();  // what follows is this warp's own part
+    constexpr int kRowChunks = kOutPairs * 16 / kChunk<T>;
+    for (int i = lane; i < 16 * kRowChunks; i += kWarp) {
+      const int row = down + i / kRowChunks, c = first_col / kChunk<T> + i % kRowChunks;
+      const int64_t n = row_0 + row, channel = static_cast<int64_t>(j) * kWidth<T> + c * kChunk<T>;
+      if (n >= call.n || channel >= call.d_to) continue;
+      T* const to = static_cast<T*>(call.to.data) + n * call.to.stride + channel;
+      const auto* const chunk = reinterpret_cast<const Chunk<T>*>(chunk_of(slab, row, c));
+      if (call.vectors && channel + kChunk<T> <= call.d_to) {
+        *reinterpret_cast<Chunk<T>*>(to) = *chunk;
+      } else {
+        for (int e = 0; e < kChunk<T> && channel + e < call.d_to; ++e) to[e] = chunk->values[e];
+      }
+    }
+  }
+}
+
+}  // namespace petl::cuda
