@@ -119,15 +119,19 @@ void pack_transposed(const Rows& w, int64_t first, int64_t n, int64_t k, const C
   with_storage<C>(w.dtype, [&](auto* tag) {
     using S = std::remove_pointer_t<decltype(tag)>;
     constexpr int kLane = kLanes<C>;
-    for (int64_t j = 0; j < kTileCols<C>; ++j) {
-      const bool inside = first + j < n;
-      const S* from = static_cast<const S*>(w.data) + (inside ? first + j : 0) * w.stride;
-      const C s = !inside ? C(0) : scale ? scale[first + j] : C(1);
-      for (int64_t kk = 0; kk < k; kk += kLane) {
-        const int64_t count = k - kk < kLane ? k - kk : kLane;
-        Vec<C> v = count == kLane ? Storage<C, S>::load(from + kk) : load_first<C, S>(from + kk, count);
-        v = inside ? v * s : Vec<C>{};
-        for (int64_t i = 0; i < count; ++i) panel[(kk + i) * kTileCols<C> + j] = v[i];
+    constexpr int64_t kDepth = 8 * kLane;  // of k at a time, whose part of the panel stays in L1 for all columns
+    for (int64_t k0 = 0; k0 < k; k0 += kDepth) {
+      const int64_t end = k - k0 < kDepth ? k : k0 + kDepth;
+      for (int64_t j = 0; j < kTileCols<C>; ++j) {
+        const bool inside = first + j < n;
+        const S* from = static_cast<const S*>(w.data) + (inside ? first + j : 0) * w.stride;
+        const C s = !inside ? C(0) : scale ? scale[first + j] : C(1);
+        for (int64_t kk = k0; kk < end; kk += kLane) {
+          const int64_t count = end - kk < kLane ? end - kk : kLane;
+          Vec<C> v = count == kLane ? Storage<C, S>::load(from + kk) : load_first<C, S>(from + kk, count);
+          v = inside ? v * s : Vec<C>{};
+          for (int64_t i = 0; i < count; ++i) panel[(kk + i) * kTileCols<C> + j] = v[i];
+        }
       }
     }
   });
