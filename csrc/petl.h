@@ -57,6 +57,37 @@ struct BottleneckBackward {
   int threads;
 };
 
+// The parameters of one task's adapter, or their gradients, of which the absent ones are not computed.
+struct Adapter {
+  Rows w_down, b_down, w_up, b_up;
+};
+
+// y = residual + scale * (act(x w_down^T + b_down) w_up^T + b_up) for samples of `rows` rows each, those of sample s with
+// the parameters adapters[task[s]], where task[s] is in [0, tasks).
+struct AdapterBankForward {
+  int64_t samples, rows, d_in, r, d_out, tasks;
+  const int64_t* task;
+  const Adapter* adapters;
+  Rows x, residual;
+  double scale;
+  Activation activation;
+  Rows y, z;
+  int threads;
+};
+
+// The gradients of the above; gradients[t], contiguous, are zero where no sample has the task t.
+struct AdapterBankBackward {
+  int64_t samples, rows, d_in, r, d_out, tasks;
+  const int64_t* task;
+  const Adapter *adapters, *gradients;
+  Rows g, x, z;
+  double scale;
+  Activation activation;
+  bool add_g;
+  Rows dx;
+  int threads;
+};
+
 // dw [k, d] = picked^T dense over n rows, or its transpose [d, k], and db [k] = the sum of picked's rows; dw and db may
 // be absent, dense then too. `picked` is the columns `channels` of a matrix, or its first k where that is null.
 struct ChannelGradient {

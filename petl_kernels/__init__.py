@@ -5,6 +5,7 @@ from petl_kernels.integrations import FuseReport, fuse, unfuse
 from petl_kernels.methods import attach, detach
 from petl_kernels.ops._explain import Explanation, explain
 from petl_kernels.ops._select import use_impl
+from petl_kernels.ops.adapter_bank import adapter_bank
 from petl_kernels.ops.bottleneck_adapter import bottleneck_adapter
 from petl_kernels.ops.channel_adapter import channel_adapter
 from petl_kernels.ops.channel_importance import channel_importance
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Explanation",
     "FuseReport",
+    "adapter_bank",
     "attach",
     "bottleneck_adapter",
     "channel_adapter",

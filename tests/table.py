@@ -129,14 +129,14 @@ class Recorder(TorchDispatchMode):
 
 
 class _Nothing(TorchDispatchMode):
-    """Fails on the first tensor operation; where an op takes channels, on the first but a look at int64 values."""
+    """Fails on the first tensor operation; where an op takes indices, on the first but a look at int64 values."""
 
-    def __init__(self, channels: bool) -> None:
+    def __init__(self, indices: bool) -> None:
         super().__init__()
-        self._channels = channels
+        self._indices = indices
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._channels and args and isinstance(args[0], Tensor) and args[0].dtype == torch.int64:
+        if self._indices and args and isinstance(args[0], Tensor) and args[0].dtype == torch.int64:
             return func(*args, **(kwargs or {}))
         raise AssertionError(f"{func} ran before the arguments were checked")
 
@@ -144,5 +144,5 @@ class _Nothing(TorchDispatchMode):
 def check_refused(fn: Callable[..., Any], call: Inputs, error: type[Exception], message: str) -> None:
     """The op, and `explain` of it, raise an error in the op's name before anything is computed or written."""
     for refuse in (fn, partial(explain, fn)):
-        with _Nothing("channels" in call), pytest.raises(error, match=f"^{fn.__name__}: .*{message}"):
+        with _Nothing("channels" in call or "task" in call), pytest.raises(error, match=f"^{fn.__name__}: .*{message}"):
             refuse(**call)

@@ -27,6 +27,7 @@ from table import (
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from petl_kernels.testing import CASES, Case, Inputs, arguments, check, run
@@ -361,4 +362,4 @@ def test_opcheck(case, impl):
             case.fn(**frozen(inputs(case, impl)), impl=impl)
     assert {made[0] for made in recorder.calls} == {d.overload for d in case.op.directions.values()}
     for overload, args, _ in recorder.calls:
-        torch.library.opcheck(overload, tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args))
+        torch.library.opcheck(overload, tree_map_only(torch.Tensor, torch.Tensor.detach, args))

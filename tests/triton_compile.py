@@ -78,7 +78,10 @@ def main(op: str, backend: str, arch: str) -> None:
             seen.add(identity)
             kernel = launch(self, *args, grid=grid, warmup=True, **options)
             dtypes = sorted({t.removeprefix("torch.") for t in types if t and t.startswith("torch.")})
-            print(json.dumps(dict(kernel=self.fn.__name__, dtypes=dtypes, **options, **resources(kernel))), flush=True)
+            print(
+                json.dumps(dict(kernel=self.fn.__name__, dtypes=dtypes, **options, **resources(kernel)), default=str),
+                flush=True,
+            )
 
     triton.JITFunction.run = compile_once
     for precision in importlib.import_module(f"triton_calls.{op}").calls():

@@ -47,6 +47,63 @@ void bottleneck_backward(std::tuple<int64_t, int64_t, int64_t, int64_t> sizes, c
   kernels().bottleneck_backward(call);
 }
 
+// A table of one row of `fields` numbers per tensor, as `array.array` holds it.
+template <typename T>
+const T* table(const py::buffer& buffer, int64_t count, int64_t fields) {
+  const py::buffer_info info = buffer.request();
+  if (info.itemsize != sizeof(T) || info.size != count * fields) throw py::value_error("a table of the wrong size");
+  return static_cast<const T*>(info.ptr);
+}
+
+// The adapters of a table of four addresses per task (w_down, b_down, w_up, b_up; 0 for none), contiguous, of one dtype.
+std::vector<Adapter> adapters(const py::buffer& buffer, int64_t tasks, int dtype, int64_t d_in, int64_t r, int64_t d_out) {
+  const int64_t* row = table<int64_t>(buffer, tasks, 4);
+  const int64_t strides[] = {d_in, r, r, d_out};
+  const auto rows = [&](int i) {
+    return Rows{reinterpret_cast<void*>(static_cast<uintptr_t>(row[i])), static_cast<DType>(dtype), strides[i]};
+  };
+  std::vector<Adapter> list;
+  for (int64_t t = 0; t < tasks; ++t, row += 4) list.push_back({rows(0), rows(1), rows(2), rows(3)});
+  return list;
+}
+
+// Whoever is compiled into a graph was not checked before.
+void check_tasks(const int64_t* task, int64_t samples, int64_t tasks) {
+  for (int64_t s = 0; s < samples; ++s) {
+    if (task[s] >= 0 && task[s] < tasks) continue;
+    throw py::value_error("adapter_bank: task must lie in [0, " + std::to_string(tasks) + "), got " +
+                          std::to_string(task[s]));
+  }
+}
+
+void adapter_bank_forward(std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t> sizes, uintptr_t task,
+                          const py::buffer& parameters, int dtype, const Matrix& x, const Matrix& residual,
+                          double scale, int activation, const Matrix& y, const Matrix& z, int threads) {
+  const auto [samples, n, d_in, r, d_out, tasks] = sizes;
+  const std::vector<Adapter> list = adapters(parameters, tasks, dtype, d_in, r, d_out);
+  const auto* of = reinterpret_cast<const int64_t*>(task);
+  check_tasks(of, samples, tasks);
+  const AdapterBankForward call{samples, n, d_in, r, d_out, tasks, of, list.data(), rows(x), rows(residual), scale,
+                                static_cast<Activation>(activation), rows(y), rows(z), threads};
+  py::gil_scoped_release release;
+  kernels().adapter_bank_forward(call);
+}
+
+void adapter_bank_backward(std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t> sizes, uintptr_t task,
+                           const py::buffer& parameters, const py::buffer& gradients, int dtype, const Matrix& g,
+                           const Matrix& x, const Matrix& z, double scale, int activation, bool add_g,
+                           const Matrix& dx, int threads) {
+  const auto [samples, n, d_in, r, d_out, tasks] = sizes;
+  const std::vector<Adapter> list = adapters(parameters, tasks, dtype, d_in, r, d_out);
+  const std::vector<Adapter> grads = adapters(gradients, tasks, dtype, d_in, r, d_out);
+  const auto* of = reinterpret_cast<const int64_t*>(task);
+  check_tasks(of, samples, tasks);
+  const AdapterBankBackward call{samples, n, d_in, r, d_out, tasks, of, list.data(), grads.data(), rows(g), rows(x),
+                                 rows(z), scale, static_cast<Activation>(activation), add_g, rows(dx), threads};
+  py::gil_scoped_release release;
+  kernels().adapter_bank_backward(call);
+}
+
 void channel_gradient(std::tuple<int64_t, int64_t, int64_t> sizes, const Matrix& picked, uintptr_t channels,
                       const Matrix& dense, bool transposed, const Matrix& dw, const Matrix& db, int threads) {
   const auto [n, k, d] = sizes;
@@ -124,14 +181,6 @@ void layer_norm_backward(std::tuple<int64_t, int64_t> sizes, const Matrix& g, co
   kernels().layer_norm_backward(call);
 }
 
-// A table of one row of `fields` numbers per tensor, as `array.array` holds it.
-template <typename T>
-const T* table(const py::buffer& buffer, int64_t count, int64_t fields) {
-  const py::buffer_info info = buffer.request();
-  if (info.itemsize != sizeof(T) || info.size != count * fields) throw py::value_error("a table of the wrong size");
-  return static_cast<const T*>(info.ptr);
-}
-
 // Rows in the order of petl_kernels.ops._channel_step.FIELDS.
 std::vector<ChannelTensor> channel_tensors(const py::buffer& buffer, int64_t count) {
   constexpr int64_t kFields = 14;
@@ -177,6 +226,8 @@ void channel_sgd(int64_t count, const py::buffer& rows, const py::buffer& number
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of petl_kernels";
+  m.def("adapter_bank_forward", &adapter_bank_forward);
+  m.def("adapter_bank_backward", &adapter_bank_backward);
   m.def("bottleneck_forward", &bottleneck_forward);
   m.def("bottleneck_backward", &bottleneck_backward);
   m.def("channel_gradient", &channel_gradient);

@@ -11,7 +11,7 @@ namespace petl::PETL_ISA {
 // row. Either may be null.
 template <typename C>
 struct Modifiers {
-  const C *factors, *gate;
+  const C *factors = nullptr, *gate = nullptr;
 
   explicit operator bool() const { return factors || gate; }
 };
@@ -113,15 +113,15 @@ void with_activation(Activation activation, F f) {
 
 // The two walks above for an activation known at run time. Without modifiers they have code of their own.
 template <typename C>
-void activate_rows(Activation activation, C* z, int64_t rows, int64_t ld, int64_t r, const Modifiers<C>& m) {
+void activate_rows(Activation activation, C* z, int64_t rows, int64_t ld, int64_t r, const Modifiers<C>& m = {}) {
   with_activation(activation, [&](auto a) {
     if (m) return activate_rows<C, decltype(a)::value, true>(z, rows, ld, r, m);
     activate_rows<C, decltype(a)::value, false>(z, rows, ld, r, m);
   });
 }
 template <typename C>
-void differentiate_rows(Activation activation, C* h, C* dz, int64_t rows, int64_t ld, int64_t r, const Modifiers<C>& m,
-                        C* dgate) {
+void differentiate_rows(Activation activation, C* h, C* dz, int64_t rows, int64_t ld, int64_t r,
+                        const Modifiers<C>& m = {}, C* dgate = nullptr) {
   with_activation(activation, [&](auto a) {
     if (m) return differentiate_rows<C, decltype(a)::value, true>(h, dz, rows, ld, r, m, dgate);
     differentiate_rows<C, decltype(a)::value, false>(h, dz, rows, ld, r, m, dgate);

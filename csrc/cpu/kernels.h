@@ -8,6 +8,8 @@
 
 // Every kernel and the struct that it takes (petl.h).
 #define PETL_KERNELS(_) \
+  _(adapter_bank_forward, AdapterBankForward) \
+  _(adapter_bank_backward, AdapterBankBackward) \
   _(bottleneck_forward, BottleneckForward) \
   _(bottleneck_backward, BottleneckBackward) \
   _(channel_adamw, ChannelStep<AdamWOptions>) \

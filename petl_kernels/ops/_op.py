@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -61,6 +61,15 @@ def _in_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def _flat(call: Sequence[Any]) -> Iterator[Any]:
+    """The arguments of a call, those in its lists one by one."""
+    for value in call:
+        if isinstance(value, (list, tuple)):
+            yield from value
+        else:
+            yield value
+
+
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, float, int, str, type(None)))
 
 
@@ -68,7 +77,7 @@ def _wrapper(call: Sequence[Any]) -> str | None:
     """The type of an argument that only wraps tensors (DTensor, a quantised weight), whose address says nothing."""
     if torch.compiler.is_compiling() or _PLAIN.issuperset(map(type, call)):
         return None
-    return next((type(value).__name__ for value in call if is_traceable_wrapper_subclass(value)), None)
+    return next((type(value).__name__ for value in _flat(call) if is_traceable_wrapper_subclass(value)), None)
 
 
 def _has_tangent(value: Any) -> bool:
@@ -136,7 +145,7 @@ class Op:
             return "torch.func transforms (vmap, grad, jvp) cannot look inside it; the reference supports them"
         if wrapped := _wrapper(call):
             return f"its tensors must own their memory, got a {wrapped}"
-        if forward_ad._current_level >= 0 and any(map(_has_tangent, call)):
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, _flat(call))):
             return "forward-mode AD (jvp) would silently lose the tangents; the reference supports it"
         failure = _import_failure(f"{self._package.__name__}.{impl}")
         # A compiler can read the submodule as an attribute of its package, not through importlib.

@@ -5,6 +5,7 @@ A case names a public op, the calls to test it with and the shapes to time it at
 """
 
 from petl_kernels.testing import (
+    adapter_bank,
     bottleneck_adapter,
     channel_adapter,
     channel_importance,
@@ -16,6 +17,7 @@ from petl_kernels.testing._case import Case, Inputs, Outcome, arguments, check, 
 
 CASES = [
     bottleneck_adapter.CASE,
+    adapter_bank.CASE,
     channel_adapter.CASE,
     channel_importance.CASE,
     channel_linear.CASE,
