@@ -1,5 +1,6 @@
 """Methods of parameter-efficient transfer learning as modules composed of this package's operators."""
 
+from petl_kernels.nn.adapter_bank import AdapterBank
 from petl_kernels.nn.adapter_plus import AdapterPlus
 from petl_kernels.nn.bottleneck_adapter import BottleneckAdapter
 from petl_kernels.nn.channel_adapter import ChannelAdapter
@@ -17,6 +18,7 @@ from petl_kernels.nn.prefix import PrefixAdapter
 __all__ = [
     "MAM",
     "AdaptFormer",
+    "AdapterBank",
     "AdapterPlus",
     "BottleneckAdapter",
     "ChannelAdapter",
