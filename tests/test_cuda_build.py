@@ -65,7 +65,14 @@ def test_nothing_spills():
     found = resources()
     assert sorted(found) == sorted(ARCHS)
     kernels = found[ARCHS[0]].keys()
-    for kernel in ("adapter_rows", "tall_products", "channel_gradient_sums", "channel_importance", "channel_step"):
+    for kernel in (
+        "adapter_rows",
+        "tall_products",
+        "channel_rows",
+        "channel_gradient_sums",
+        "channel_importance",
+        "channel_step",
+    ):
         assert any(f"{kernel}_kernel" in name for name in kernels), kernel
     for arch, of_arch in found.items():
         assert of_arch.keys() == kernels
@@ -78,7 +85,8 @@ def test_products_run_on_tensor_cores():
     """Every kernel that multiplies, in the oldest and the newest machine code (disassembling all takes 9 s)."""
     for arch in (ARCHS[0], ARCHS[-1]):
         kernels = cuobjdump("-sass", "-arch", f"sm_{arch}").split("Function : ")[1:]
-        multiplies = [k for k in kernels if "adapter_rows_kernel" in k[:200] or "tall_products_kernel" in k[:200]]
+        names = ("adapter_rows_kernel", "tall_products_kernel", "channel_rows_kernel")
+        multiplies = [k for k in kernels if any(name in k[:200] for name in names)]
         assert multiplies
         for kernel in multiplies:
             assert "HMMA.16816" in kernel or "HMMA.1688" in kernel, (arch, kernel[:100])

@@ -55,6 +55,28 @@ void bottleneck_backward(const Where& where, std::tuple<int64_t, int64_t, int64_
   cuda::bottleneck_backward(call, on, workspace(allocate, cuda::bottleneck_workspace(call, on)));
 }
 
+void channel_adapter_forward(const Where& where, std::tuple<int64_t, int64_t, int64_t> sizes, uintptr_t channels,
+                             const Matrix& x, const Matrix& weight, const Matrix& bias, const Matrix& scale, double alpha,
+                             bool scale_input, const Matrix& y, const Matrix& x_channels) {
+  const auto [n, d, k] = sizes;
+  cuda::channel_adapter_forward({n, d, k, reinterpret_cast<const int64_t*>(channels), rows(x), rows(weight), rows(bias),
+                                 rows(scale), alpha, scale_input, rows(y), rows(x_channels), 0},
+                                launch(where));
+}
+
+void channel_adapter_backward(const Where& where, std::tuple<int64_t, int64_t, int64_t> sizes, uintptr_t channels,
+                              const Matrix& g, const Matrix& x_channels, const Matrix& weight, const Matrix& bias,
+                              const Matrix& scale, double alpha, bool scale_input, const Matrix& dx,
+                              const Matrix& dweight, const Matrix& dbias, const Matrix& dscale,
+                              const py::object& allocate) {
+  const auto [n, d, k] = sizes;
+  const ChannelAdapterBackward call{n, d, k, reinterpret_cast<const int64_t*>(channels), rows(g), rows(x_channels),
+                                    rows(weight), rows(bias), rows(scale), alpha, scale_input, rows(dx), rows(dweight),
+                                    rows(dbias), rows(dscale), 0};
+  const cuda::Launch on = launch(where);
+  cuda::channel_adapter_backward(call, on, workspace(allocate, cuda::channel_adapter_workspace(call, on)));
+}
+
 void channel_gradient(const Where& where, std::tuple<int64_t, int64_t, int64_t> sizes, const Matrix& picked,
                       uintptr_t channels, const Matrix& dense, bool transposed, const Matrix& dw, const Matrix& db,
                       const py::object& allocate) {
@@ -94,6 +116,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of petl_kernels";
   m.def("bottleneck_forward", &bottleneck_forward);
   m.def("bottleneck_backward", &bottleneck_backward);
+  m.def("channel_adapter_forward", &channel_adapter_forward);
+  m.def("channel_adapter_backward", &channel_adapter_backward);
   m.def("channel_gradient", &channel_gradient);
   m.def("channel_importance", &channel_importance);
   m.def("channel_adamw", &channel_step<cuda::channel_adamw>);

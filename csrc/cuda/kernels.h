@@ -21,6 +21,11 @@ void bottleneck_forward(const BottleneckForward& call, const Launch& launch);
 int64_t bottleneck_workspace(const BottleneckBackward& call, const Launch& launch);
 void bottleneck_backward(const BottleneckBackward& call, const Launch& launch, void* workspace);
 
+// Throw std::invalid_argument beyond 384 channels.
+void channel_adapter_forward(const ChannelAdapterForward& call, const Launch& launch);
+int64_t channel_adapter_workspace(const ChannelAdapterBackward& call, const Launch& launch);
+void channel_adapter_backward(const ChannelAdapterBackward& call, const Launch& launch, void* workspace);
+
 int64_t channel_gradient_workspace(const ChannelGradient& call, const Launch& launch);
 void channel_gradient(const ChannelGradient& call, const Launch& launch, void* workspace);
 

@@ -32,7 +32,7 @@ def _preference(x: Tensor, *_: Any) -> tuple[str, ...]:
     return ("cpp",) if x.device.type == "cpu" else ()
 
 
-OP = Op(__name__, impls=("cpp", "triton"), preference=_preference)
+OP = Op(__name__, impls=("cpp", "triton", "cuda"), preference=_preference)
 
 # `scale` and `alpha` are the tensor and the float form of the scale, the float being 1.0 beside a tensor. x_channels
 # is x_C [..., k] in x's dtype, empty when `save_x` is false. Outputs are contiguous.
@@ -118,7 +118,7 @@ def channel_adapter(
         bias: [k] in weight's dtype, or None.
         scale: a float, or a learned scalar [] or [1].
         scale_input: whether the scale multiplies x_C instead of the linear layer.
-        impl: "reference", "cpp", "triton", or None for the fastest known; see `explain` and `use_impl`.
+        impl: "reference", "cpp", "triton", "cuda", or None for the fastest known; see `explain` and `use_impl`.
 
     Returns:
         [..., d], contiguous, in x's dtype; outside `channels` bit for bit x. Each gradient has its input's dtype.
