@@ -55,5 +55,6 @@ def _call(activation: str, size: tuple[int, int, int], dtype: torch.dtype, param
         gate, seed, dropout = torch.empty(n, 1, dtype=parameters), torch.empty(1, dtype=torch.int64), 0.1
     options = (gate, seed, dropout)
     implementation.forward(x, *weights, x, scale, *options, 1.0, activation, True)
-    implementation.forward(x, *weights, torch.empty_like(x), None, *options, 2.0, activation, True)
+    if gate is None:
+        implementation.forward(x, *weights, torch.empty_like(x), None, *options, 2.0, activation, True)
     implementation.backward(x, x, z, *weights, scale, *options, 1.0, activation, True, (*(True,) * 6, gate is not None))

@@ -106,7 +106,6 @@ def _prepare(
     b_down: Tensor | None,
     w_up: Tensor,
     b_up: Tensor | None,
-    *,
     residual: Tensor | None = None,
     activation: str = "gelu",
     scale: float | Tensor = 1.0,
@@ -158,7 +157,7 @@ def bottleneck_adapter(
         b_up: its bias [d_out], or None.
         residual: what is added, [..., d_out]: x itself (sequential), another tensor (parallel), or None.
         activation: "relu", "gelu" (erf), "gelu_tanh", "silu", "tanh", "sigmoid", "leaky_relu" (0.01), "identity", or
-            "softmax", over the bottleneck: of r keys and values, attention (He et al., equation 9).
+            "softmax", over the bottleneck: attention to r prefix tokens (He et al., section 3.1).
         scale: a float, a learned scalar [] or [1], or a learned vector [d_out].
         gate: a factor per row, any shape that broadcasts to [..., 1]: of every sample (UniPELT, arXiv:2110.07577), of
             every token, or stochastic depth. Of any floating-point dtype, None for 1.
@@ -179,8 +178,7 @@ def bottleneck_adapter(
             backward, which only `impl="reference"` computes.
     """
     sequential = residual is x
-    options: dict[str, Any] = dict(activation=activation, scale=scale, gate=gate, dropout=dropout, seed=seed)
-    call = _prepare(x, w_down, b_down, w_up, b_up, residual=residual, **options)
+    call = _prepare(x, w_down, b_down, w_up, b_up, residual, activation, scale, gate, dropout, seed)
     chosen = OP.select(impl, *call)
     if chosen == REFERENCE:
         return reference(*call)
