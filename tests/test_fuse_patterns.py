@@ -63,6 +63,32 @@ class Functional(Adapter):
         return torch.add(self.up(F.gelu(self.down(x), approximate="tanh")), x)
 
 
+class Dropped(Adapter):
+    """Functional dropout, by an attribute and the module's own mode."""
+
+    def __init__(self, p=0.0):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):
+        return x + F.dropout(self.up(F.dropout(F.relu(self.down(x)), self.p, self.training)), 0.0)
+
+
+class Always(Adapter):
+    """Functional dropout that somebody forgot to tell of the mode."""
+
+    def forward(self, x):
+        return x + self.up(F.dropout(F.relu(self.down(x)), 0.3))
+
+
+class Noisy(Adapter):
+    """Something else in training."""
+
+    def forward(self, x):
+        h = F.relu(self.down(x))
+        return x + self.up(h * torch.rand_like(h) if self.training else h)
+
+
 KINDS = {
     "plain": Adapter,
     "relu": lambda: Adapter(nn.ReLU(inplace=True)),
@@ -72,6 +98,7 @@ KINDS = {
     "per-channel": lambda: Learned(D),
     "bare": Bare,
     "functional": Functional,
+    "functional-dropout": Dropped,
 }
 
 
@@ -136,7 +163,7 @@ def test_what_a_call_has_to_be_like():
     handle.remove()
     with torch.autocast("cpu", torch.bfloat16):
         assert module(x).dtype == torch.float32 and fused_calls(module, x) == 1
-    module.up = nn.Sequential(nn.Linear(R, D))
+    module.up = nn.Sequential(nn.Linear(R, D), nn.Tanh())
     assert fused_calls(module, x) == 0
 
 
@@ -224,3 +251,55 @@ def test_every_adapter_of_a_model():
     assert len(fuse(model, strict=True).fused) == 3
     torch.testing.assert_close(model(x), before)
     assert unfuse(model) == 3
+
+
+def _op_calls(module, args):
+    with Recorder() as recorder:
+        y = module(*args)
+    return y, len(recorder.calls)
+
+
+@pytest.mark.parametrize("kind", [lambda: Dropped(0.4), Noisy])
+def test_what_happens_in_training_alone_stays_there(kind):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"adapter": kind()})
+    module, args = model["adapter"], (torch.randn(3, D),)
+    modes = [part.training for part in model.modules()]
+    theirs = copy.deepcopy(model)["adapter"]
+    report = fuse(model.train(), impl="cpp")
+    assert report.fused["adapter"].endswith("is training") and [part.training for part in model.modules()] == modes
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        wanted = theirs(*args)
+        torch.manual_seed(seed)
+        got, calls = _op_calls(module, args)
+        assert torch.equal(got, wanted) and calls == 0
+    got, calls = _op_calls(module.eval(), args)
+    torch.testing.assert_close(got, theirs.eval()(*args))
+    assert calls == 1
+    module.up.train()  # a part in another mode than the whole was never traced
+    assert _op_calls(module, args)[1] == 0
+
+
+def test_an_attribute_set_later_is_seen():
+    model, module = make("functional-dropout")
+    args = arguments(module)
+    fuse(model, impl="cpp")
+    assert _op_calls(module, args)[1] == 1
+    module.p = 0.5
+    torch.manual_seed(1)
+    first, calls = _op_calls(module, args)
+    assert calls == 0 and not torch.equal(first, module(*args))
+    module.p = 0.0
+    assert _op_calls(module, args)[1] == 1
+    module.down = nn.Linear(D, R).double()
+    got, calls = _op_calls(module, args)
+    assert calls == 1
+    unfuse(model)
+    torch.testing.assert_close(got, module(*args))
+
+
+def test_dropout_that_never_rests_is_reported():
+    with pytest.warns(UserWarning, match="its functional dropout is at work in evaluation too"):
+        report = fuse(nn.ModuleDict({"adapter": Always()}).eval())
+    assert not report.fused

@@ -3,9 +3,10 @@
     [norm ->] Linear -> activation [-> dropout] -> Linear [-> dropout] [-> * scale] [-> + residual]
 
 with d_out of the first linear below its d_in (a feed-forward block widens, and is left alone), `scale` a number or a
-Parameter of one or of d elements, and `residual` the input or a second argument of the forward. The forward of such a
-module is traced once, symbolically. Modules that trace to anything else, or not at all, are not touched and not
-reported: most modules are no adapters.
+Parameter of one or of d elements, and `residual` the input or a second argument of the forward. Dropout is a module or
+`F.dropout`. The forward of such a module is traced symbolically, in training and in evaluation, and again when an
+attribute of the module is set: a trace holds the numbers and flags that it saw. Modules that trace to anything else,
+or not at all, are not touched and not reported: most modules are no adapters.
 """
 
 from __future__ import annotations
@@ -50,6 +51,10 @@ class _Pattern:
     dropouts: tuple[str, ...]
     scale: float | str
     residual: str  # "none", "input" or "argument"
+    random: bool  # a functional dropout is at work in the mode that was traced
+
+
+_Patterns = dict[bool, _Pattern | None]  # by the module's `training`
 
 
 class _NoMatch(Exception):
@@ -69,6 +74,7 @@ class _Reader:
         self._owner = module
         self._inputs = [node for node in graph.nodes if node.op == "placeholder"]
         self._dropouts: list[str] = []
+        self._random = False
         _wanted(1 <= len(self._inputs) <= 2 and not any(node.args for node in self._inputs))  # args are defaults
         (self._output,) = (node for node in graph.nodes if node.op == "output")
 
@@ -86,7 +92,7 @@ class _Reader:
         _wanted(residual == "argument" or len(self._inputs) == 1)
         first = self._modules[down]
         _wanted(first.out_features < first.in_features and self._modules[up].in_features == first.out_features)
-        return _Pattern(norm, down, activation, up, tuple(self._dropouts), scale, residual)
+        return _Pattern(norm, down, activation, up, tuple(self._dropouts), scale, residual, self._random)
 
     def _only(self, node: Any) -> fx.Node:
         """The one input of a node that nothing else uses."""
@@ -116,10 +122,15 @@ class _Reader:
         raise _NoMatch
 
     def _skip_dropout(self, node: Any) -> Any:
-        while node.op == "call_module" and type(self._modules[node.target]) is nn.Dropout:
-            self._dropouts.append(node.target)
+        while True:
+            if node.op == "call_module" and type(self._modules[node.target]) is nn.Dropout:
+                self._dropouts.append(node.target)
+            elif node.op == "call_function" and node.target is F.dropout:
+                _wanted(node.kwargs.keys() == {"p", "training", "inplace"})  # as its own code passes them on
+                self._random |= bool(node.kwargs["training"]) and node.kwargs["p"] > 0
+            else:
+                return node
             node = self._only(node)
-        return node
 
     def _linear(self, node: Any) -> tuple[str, Any]:
         _wanted(node.op == "call_module" and type(self._modules[node.target]) is nn.Linear)
@@ -143,28 +154,49 @@ class _Reader:
         return name, self._only(node)
 
 
-def _find(module: nn.Module) -> _Pattern | None:
-    """The pattern that the module's own forward follows, or None."""
+def _find(module: nn.Module) -> _Patterns | None:
+    """The patterns that the module's own forward follows, or None where it follows none in either mode."""
     sizes = [(m.in_features, m.out_features) for m in module.modules() if isinstance(m, nn.Linear)]
     if len(sizes) != 2 or not any(a[0] > a[1] == b[0] for a, b in (sizes, sizes[::-1])):
         return None
     if "forward" in module.__dict__ or type(module).__module__.startswith("torch."):
         return None  # an nn.Sequential is swapped only with the module that holds it
+    patterns = {mode: _trace(module, mode) for mode in (True, False)}
+    return patterns if any(patterns.values()) else None
+
+
+def _trace(module: nn.Module, training: bool) -> _Pattern | None:
+    """The pattern that the module's own forward follows in this mode, or None."""
+    modes, kind = [(part, part.training) for part in module.modules()], type(module)
+    module.__class__ = original_class(module)  # type: ignore[assignment]
     try:
+        for part, _ in modes:
+            part.training = training
         return _Reader(module, fx.Tracer().trace(module)).read()
     except Exception:  # what cannot be traced (control flow on values, other signatures) is no such module
         return None
+    finally:
+        for part, mode in modes:
+            part.training = mode
+        module.__class__ = kind  # type: ignore[assignment]
 
 
 class _FusedBottleneck(Fused):
     """In front of a hand-written adapter's class: its forward in one call of the op."""
 
-    fused_pattern: _Pattern
+    fused_patterns: _Patterns | None  # None where an attribute was set since they were traced
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)  # type: ignore[misc]
+        if name != "training" and not name.startswith("fused_"):
+            self.fused_patterns = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        pattern = self.fused_pattern
-        given = not kwargs and len(args) == 1 + (pattern.residual == "argument")
-        if not given or not all(isinstance(t, Tensor) for t in args) or _obstacle(self, pattern, args[0]) is not None:
+        pattern = _pattern_now(self)
+        given = all(isinstance(t, Tensor) for t in args) and not kwargs
+        if pattern is None or not given or len(args) != 1 + (pattern.residual == "argument"):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        if _obstacle(self, pattern, args[0]) is not None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         x, *rest = args
         down, up, residual = _at(self, pattern.down), _at(self, pattern.up), None
@@ -183,6 +215,16 @@ class _FusedBottleneck(Fused):
         )
 
 
+def _pattern_now(module: Any) -> _Pattern | None:
+    """The pattern of the mode that the module is in, or None."""
+    if module.fused_patterns is None:
+        module.fused_patterns = _find(module) or {True: None, False: None}
+    training, evaluation = module.fused_patterns[True], module.fused_patterns[False]
+    if training != evaluation and any(part.training is not module.training for part in module.modules()):
+        return None  # traced in modes that are all alike
+    return training if module.training else evaluation
+
+
 def _at(module: Any, name: str) -> Any:
     return operator.attrgetter(name)(module)
 
@@ -199,7 +241,9 @@ def _obstacle(module: Any, pattern: _Pattern, x: Tensor | None = None) -> str | 
         return "a hook or a replaced forward on one of its parts"
     if x is None:
         return None
-    if any(dropout.training and dropout.p > 0 for dropout in (_at(module, name) for name in pattern.dropouts)):
+    if pattern.random or any(
+        dropout.training and dropout.p > 0 for dropout in (_at(module, name) for name in pattern.dropouts)
+    ):
         return "dropout is at work: the op has no random numbers of its own"
     dtypes = {p.dtype for p in (x, down.weight, up.weight, scale) if p is not None}
     autocast = autocast_enabled(x)
@@ -212,37 +256,46 @@ def _obstacle(module: Any, pattern: _Pattern, x: Tensor | None = None) -> str | 
 
 def survey(model: nn.Module, report: FuseReport) -> None:
     """Enter every hand-written adapter of the model into the report; nothing is changed."""
-    for name, module, pattern in _candidates(model):
-        reason = _obstacle(module, pattern)
+    for name, module, patterns in _candidates(model):
+        reason = _reason(module, patterns)
         if reason is None:
-            report.fused[name] = _describe(module, pattern)
+            report.fused[name] = _describe(module, patterns)
         else:
             report.skipped[name] = reason
 
 
 def swap(model: nn.Module, impl: str | None) -> None:
     """Swap the class of every module whose forward is such an adapter."""
-    for _, module, pattern in _candidates(model):
-        if _obstacle(module, pattern) is None:
+    for _, module, patterns in _candidates(model):
+        if _reason(module, patterns) is None:
             module.__class__ = fused_class(_FusedBottleneck, original_class(module))
-            module.fused_pattern, module.fused_impl = pattern, impl
+            module.fused_patterns, module.fused_impl = patterns, impl
 
 
-def _candidates(model: nn.Module) -> list[tuple[str, Any, _Pattern]]:
-    found: list[tuple[str, Any, _Pattern]] = []
+def _candidates(model: nn.Module) -> list[tuple[str, Any, _Patterns]]:
+    found: list[tuple[str, Any, _Patterns]] = []
     for name, module in model.named_modules():
-        if isinstance(module, _FusedBottleneck):
-            found.append((name, module, module.fused_pattern))
-        elif not hasattr(type(module), "fused_from") and (pattern := _find(module)) is not None:
-            found.append((name, module, pattern))
+        known = isinstance(module, _FusedBottleneck) or not hasattr(type(module), "fused_from")
+        if known and (patterns := _find(module)) is not None:
+            found.append((name, module, patterns))
     return found
 
 
-def _describe(module: Any, pattern: _Pattern) -> str:
+def _reason(module: Any, patterns: _Patterns) -> str | None:
+    """Why the module's own forward has to run in every call, or None."""
+    usable = [pattern for pattern in patterns.values() if pattern is not None and not pattern.random]
+    return _obstacle(module, usable[0]) if usable else "its functional dropout is at work in evaluation too"
+
+
+def _describe(module: Any, patterns: _Patterns) -> str:
+    usable = {mode: pattern for mode, pattern in patterns.items() if pattern is not None and not pattern.random}
+    pattern = next(iter(usable.values()))
     down, up = (_at(module, name) for name in (pattern.down, pattern.up))
     residual = {"none": "bare branch", "input": "sequential", "argument": "parallel"}[pattern.residual]
     text = f"{residual}, {down.in_features} -> {down.out_features} -> {up.out_features}, {pattern.activation}"
     text += f", scale {pattern.scale}" + (f", after {pattern.norm}" if pattern.norm else "")
-    if any(_at(module, name).p > 0 for name in pattern.dropouts):
-        text += "; not while its dropout is training"
+    if patterns[False] is None:
+        text += "; only while it is training"
+    elif True not in usable or any(_at(module, name).p > 0 for name in pattern.dropouts):
+        text += "; not while its dropout is training" if patterns[True] is not None else "; not while it is training"
     return text + (", already fused" if isinstance(module, _FusedBottleneck) else "")
