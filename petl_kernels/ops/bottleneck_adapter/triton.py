@@ -27,11 +27,14 @@ _SUM_BLOCK = 512
 # spill registers or pass the shared memory; tests/test_triton.py compiles them all.
 
 
-def _row_settings(n: int, d: int, r: int, itemsize: int, device: Device) -> dict[str, int]:
-    """Tiles of the kernels that walk rows: as many rows as still give every processor a program."""
+def _row_settings(n: int, d: int, r: int, itemsize: int, device: Device, draws: bool = False) -> dict[str, int]:
+    """Tiles of the kernels that walk rows: as many rows as still give every processor a program.
+
+    Of 64 rows beside whose products random numbers are drawn, some settings spill.
+    """
     half = itemsize == 2
     block_r = block(_MAX_RANK, r)
-    most = max(16, min(64, (8192 if half else 2048) // block_r))
+    most = max(16, min(32 if draws else 64, (8192 if half else 2048) // block_r))
     fill = n // device.processors
     width = max(16, min(64, (8192 if half else 4096) // block_r))
     return dict(
@@ -106,7 +109,7 @@ def forward(
     sequential = residual is x
     x, stride_xm = rows(x)
     device = _triton.device_of(x.device)
-    settings = _row_settings(n, d_in, r, x.element_size(), device)
+    settings = _row_settings(n, d_in, r, x.element_size(), device, seed is not None)
     held = _held_slabs(d_in, x.element_size(), settings) if sequential else 0
     if held:
         settings["BLOCK_D"] = block(128, d_in)  # fewer unrolled slabs
@@ -186,7 +189,7 @@ def backward(
         modified = gate is not None or seed is not None
         h = torch.empty_like(z) if modified and (needs[3] or needs[5]) else None
         if n > 0 and (dz is not None or h is not None or needs[6]):
-            by_rows = _row_settings(n, d_out, r, itemsize, device)
+            by_rows = _row_settings(n, d_out, r, itemsize, device, seed is not None)
             kernels._bottleneck_adapter_bwd_dz_kernel[(triton.cdiv(n, by_rows["BLOCK_M"]),)](
                 g,
                 z,
