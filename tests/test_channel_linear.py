@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from table import DTYPES, check_refused
+from table import DTYPES, check_refused, demanded
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -117,7 +117,7 @@ def test_channels_that_are_changed_are_read_again():
         channel_linear(**call)
 
 
-@pytest.fixture(params=[impl for impl in DTYPES if impl != "reference"])
+@pytest.fixture(params=[impl for impl in DTYPES if impl != "reference" and demanded(impl)])
 def impl(request):
     if request.param == "triton" and torch.cuda.is_available():
         pytest.skip("these tests are on the CPU")
