@@ -204,3 +204,17 @@ def freeze(parameter: nn.Parameter) -> nn.Parameter:
     # An optimizer that holds the parameter steps it as long as it has a gradient, frozen or not.
     parameter.requires_grad_(False).grad = None
     return parameter
+
+
+def plain_linear(layer: Any, weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    """An nn.Linear of these values, rounded once to the dtypes of the layer's own and frozen if those are; `bias` None
+    for a copy of the layer's."""
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    linear.weight = _like(layer.weight, weight)
+    if layer.bias is not None:
+        linear.bias = _like(layer.bias, layer.bias.clone() if bias is None else bias)
+    return linear.train(layer.training)
+
+
+def _like(parameter: Tensor, value: Tensor) -> nn.Parameter:
+    return nn.Parameter(value.detach().to(parameter.dtype), requires_grad=parameter.requires_grad)

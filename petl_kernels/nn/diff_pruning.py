@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from petl_kernels._names import check_model
 from petl_kernels.nn._check import check_choice, check_number
-from petl_kernels.nn.channel_linear import ChannelLinear, freeze, weight_and_bias
+from petl_kernels.nn.channel_linear import ChannelLinear, freeze, plain_linear, weight_and_bias
 
 GROUPS = ("rows", "columns", "tensor", None)
 
@@ -193,13 +193,8 @@ class DiffPruningLinear(nn.Module):
     @torch.no_grad()
     def merge(self) -> nn.Linear:
         """A plain nn.Linear with the sums that evaluation computes with. Frozen if `weight` is; the layer stays."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         weight, bias = self._sums(False)
-        linear.weight = nn.Parameter(weight.detach(), requires_grad=self.weight.requires_grad)
-        if bias is not None and self.bias is not None:
-            bias = bias.detach().clone() if bias is self.bias else bias.detach()
-            linear.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
-        return linear.train(self.training)
+        return plain_linear(self, weight, None if bias is self.bias else bias)
 
     @torch.no_grad()
     def to_channel_linear(self, k: int | None = None, **options: Any) -> ChannelLinear:

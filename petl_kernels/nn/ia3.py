@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from petl_kernels.nn._check import check_choice
-from petl_kernels.nn.channel_linear import freeze, weight_and_bias
+from petl_kernels.nn.channel_linear import freeze, plain_linear, weight_and_bias
 from petl_kernels.ops._select import AUTO
 from petl_kernels.ops.channel_scale import OP, channel_scale
 
@@ -90,19 +90,11 @@ class IA3Linear(nn.Module):
 
         Each element is rounded once. The layer stays as it is. The copies are frozen if what they copy is.
         """
-        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         factors = self.scale.double()
         weight = self.weight * (factors if self.side == "input" else factors[:, None])
-        linear.weight = _like(self.weight, weight)
-        if self.bias is not None:
-            linear.bias = _like(self.bias, self.bias * factors if self.side == "output" else self.bias.clone())
-        return linear.train(self.training)
+        bias = None if self.bias is None or self.side == "input" else self.bias * factors
+        return plain_linear(self, weight, bias)
 
     def extra_repr(self) -> str:
         text = f"{self.in_features}, {self.out_features}, side={self.side!r}, bias={self.bias is not None}"
         return text if self.impl is None else f"{text}, impl={self.impl!r}"
-
-
-def _like(parameter: Tensor, value: Tensor) -> nn.Parameter:
-    """A Parameter of this value, in the dtype of another one and frozen if that is."""
-    return nn.Parameter(value.detach().to(parameter.dtype), requires_grad=parameter.requires_grad)

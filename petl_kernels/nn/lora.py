@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from petl_kernels.nn._check import check_choice, check_number, check_probability, check_size
 from petl_kernels.nn.bottleneck_adapter import INITS
-from petl_kernels.nn.channel_linear import freeze, weight_and_bias
+from petl_kernels.nn.channel_linear import freeze, plain_linear, weight_and_bias
 from petl_kernels.ops._select import AUTO
 from petl_kernels.ops.bottleneck_adapter import OP, bottleneck_adapter
 
@@ -110,12 +110,7 @@ class LoRALinear(nn.Module):
 
         The layer stays as it is: to unmerge exactly, put it back. The copy is frozen if `weight` is.
         """
-        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        merged = self.weight.double() + self.scale * (self.w_up.double() @ self.w_down.double())
-        linear.weight = nn.Parameter(merged.to(self.weight.dtype), requires_grad=self.weight.requires_grad)
-        if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
-        return linear.train(self.training)
+        return plain_linear(self, self.weight.double() + self.scale * (self.w_up.double() @ self.w_down.double()))
 
     def extra_repr(self) -> str:
         text = f"{self.in_features}, {self.out_features}, rank={self.rank}, alpha={self.alpha:g}"

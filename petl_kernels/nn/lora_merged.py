@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from petl_kernels.nn._check import check_choice, check_number, check_probability, check_size
-from petl_kernels.nn.channel_linear import freeze, weight_and_bias
-from petl_kernels.nn.lora import INITS
+from petl_kernels.nn.bottleneck_adapter import INITS
+from petl_kernels.nn.channel_linear import freeze, plain_linear, weight_and_bias
 from petl_kernels.ops._op import REFERENCE, opaque
 from petl_kernels.ops._refuse import differentiable_once
 from petl_kernels.ops._select import AUTO, asked_for
@@ -132,15 +132,10 @@ class LoRAMergedLinear(nn.Module):
 
         The layer stays as it is: to unmerge exactly, put it back. The copy is frozen if `weight` is.
         """
-        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         merged = (self.weight.t() if self.fan_in_fan_out else self.weight).to(torch.float64, copy=True)
         for outputs, branch, rows in _branches(self.slices, self.rank):
             merged[outputs] += self.scale * (self.w_up[rows].double() @ self.w_down[branch].double())
-        merged = merged.to(self.weight.dtype).contiguous()
-        linear.weight = nn.Parameter(merged, requires_grad=self.weight.requires_grad)
-        if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
-        return linear.train(self.training)
+        return plain_linear(self, merged.contiguous())
 
     def extra_repr(self) -> str:
         text = f"{self.in_features}, {self.out_features}, rank={self.rank}, slices={self.slices}, alpha={self.alpha:g}"
