@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from petl_kernels.ops._rows import DTYPES
 from petl_kernels.ops._validate import check_channels
 
 # The columns of a table: five addresses that may change from step to step, then the layout. 0 stands for "none".
@@ -22,7 +23,6 @@ from petl_kernels.ops._validate import check_channels
 FIELDS: tuple[str, ...] = ("param", "grad", "state_0", "state_1", "step", "channels", "dtype", "selection")
 FIELDS += ("rows", "cols", "param_row", "param_col", "grad_row", "grad_col")
 NUMBERS = 6  # hyper-parameters per tensor, of either optimizer
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _ALL, _ROWS, _COLUMNS = 0, 1, 2
 
 Tensors = Sequence[Tensor]

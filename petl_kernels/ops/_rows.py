@@ -7,6 +7,7 @@ from torch import Tensor
 
 Rows = tuple[int, int, int]
 
+# As csrc/petl.h numbers them.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from petl_kernels.ops._native import _cpu, empty, empty_like, nothing, row_major, rows
 from petl_kernels.ops._rows import DTYPES
 from petl_kernels.ops.adapter_bank import gradient_shapes
-from petl_kernels.ops.adapter_bank.validation import ACTIVATIONS
+from petl_kernels.ops.bottleneck_adapter.reference import CODES
 
 Tensors = Sequence[Tensor]
 
@@ -69,7 +69,7 @@ def forward(
         DTYPES[w_down[0].dtype],
         *map(rows, inputs),
         scale,
-        ACTIVATIONS.index(activation),
+        CODES[activation],
         rows(y),
         rows(z) if save_z else None,
         torch.get_num_threads(),
@@ -108,7 +108,7 @@ def backward(
         DTYPES[own],
         *map(rows, inputs),
         scale,
-        ACTIVATIONS.index(activation),
+        CODES[activation],
         add_g,
         rows(dx) if needs[0] else None,
         torch.get_num_threads(),

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from petl_kernels.ops._validate import check_dtype, check_shape, check_tensor
+from petl_kernels.ops.bottleneck_adapter.reference import CODES
 
 _OP = "adapter_bank"
-# In the order of the enum Activation in csrc/petl.h, of whose kinds a softmax is none here.
-ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "leaky_relu", "identity")
+# All but the softmax, of which z would be the value (see `bottleneck_adapter`).
+ACTIVATIONS = tuple(name for name in CODES if name != "softmax")
 
 
 def validate(

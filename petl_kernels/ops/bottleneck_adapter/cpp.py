@@ -9,13 +9,7 @@ import torch
 from torch import Tensor
 
 from petl_kernels.ops._native import _cpu, empty, empty_like, new_gradients, nothing, row_major, rows
-
-_ACTIVATIONS = {
-    name: code
-    for code, name in enumerate(
-        ("relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "leaky_relu", "identity", "softmax")
-    )
-}
+from petl_kernels.ops.bottleneck_adapter.reference import CODES
 
 
 def unsupported(x: Tensor, *_: Any) -> str | None:
@@ -57,7 +51,7 @@ def forward(
         0 if seed is None else seed.data_ptr(),
         dropout,
         alpha,
-        _ACTIVATIONS[activation],
+        CODES[activation],
         rows(y),
         rows(z) if save_z else None,
         torch.get_num_threads(),
@@ -97,7 +91,7 @@ def backward(
         0 if seed is None else seed.data_ptr(),
         dropout,
         alpha,
-        _ACTIVATIONS[activation],
+        CODES[activation],
         add_g,
         *outputs,
         torch.get_num_threads(),

@@ -11,11 +11,7 @@ from torch import Tensor
 from petl_kernels.ops._cuda import Workspace, _cuda, cannot_run, launch_on
 from petl_kernels.ops._gradients import new_gradients
 from petl_kernels.ops._rows import row_major, rows
-
-_ACTIVATIONS = {
-    name: code
-    for code, name in enumerate(("relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "leaky_relu", "identity"))
-}
+from petl_kernels.ops.bottleneck_adapter.reference import CODES
 
 
 def unsupported(x: Tensor, w_down: Tensor, *rest: Any) -> str | None:
@@ -67,7 +63,7 @@ def forward(
             *map(rows, inputs),
             0 if scale is None else scale.numel(),
             float(alpha),
-            _ACTIVATIONS[activation],
+            CODES[activation],
             rows(y),
             rows(z) if save_z else None,
         )
@@ -105,7 +101,7 @@ def backward(
         *map(rows, inputs),
         0 if scale is None else scale.numel(),
         float(alpha),
-        _ACTIVATIONS[activation],
+        CODES[activation],
         add_g,
         *(rows(t) if need else None for t, need in zip((dx, *grads[:-1]), needs)),
         Workspace(g.device),

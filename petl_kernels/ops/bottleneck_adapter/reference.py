@@ -10,6 +10,7 @@ from torch import Tensor
 
 from petl_kernels.ops._dropout import keep
 
+# In the order of the enum Activation in csrc/petl.h.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
@@ -21,6 +22,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda z: z,
     "softmax": lambda z: z.softmax(-1),
 }
+CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 
 
 def bottleneck_adapter(
