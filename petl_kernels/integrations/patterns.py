@@ -244,7 +244,7 @@ def _obstacle(module: Any, pattern: _Pattern, x: Tensor | None = None) -> str | 
     if pattern.random or any(
         dropout.training and dropout.p > 0 for dropout in (_at(module, name) for name in pattern.dropouts)
     ):
-        return "dropout is at work: the op has no random numbers of its own"
+        return "dropout is at work, by the random numbers of its own forward"
     dtypes = {p.dtype for p in (x, down.weight, up.weight, scale) if p is not None}
     autocast = autocast_enabled(x)
     if len(dtypes) > 1 and not autocast:

@@ -76,7 +76,7 @@ def _obstacle(adapter: Any) -> str | None:
 
 
 def _random_now(adapter: Any) -> bool:
-    """Whether dropout or stochastic depth is at work: the op has no random numbers of its own."""
+    """Whether dropout or stochastic depth is at work, of which the op would draw other numbers."""
     parts = adapter._modules
     dropout, drop_path = parts["dropout"], parts.get("DropPath")
     if dropout.training and dropout.p > 0:

@@ -72,7 +72,7 @@ def _obstacle(layer: Any, adapter: Any) -> str | None:
 
 
 def _random_now(adapter: Any) -> bool:
-    """Whether dropout is at work: the op has no random numbers of its own."""
+    """Whether dropout of x is at work, which the op does not have."""
     dropout = adapter._modules.get("lora_dropout")
     return dropout is not None and dropout.training and dropout.p > 0
 

@@ -69,7 +69,7 @@ def chosen(op: Op, impl: str | None, *call: Any) -> str | None:
 
 
 def random_now(dropout: Any) -> bool:
-    """Whether dropout is at work: the op has no random numbers of its own."""
+    """Whether dropout of x is at work, which the op does not have."""
     return dropout.training and type(dropout) is nn.Dropout and dropout.p > 0
 
 
@@ -109,7 +109,7 @@ def low_rank(layer: Any, x: Tensor, weights: Weights, scaling: Any) -> Tensor | 
     # residual's place x itself is looked at too: a tangent or a wrapper is what no kernel takes.
     widened = x.dtype is not weights[0].dtype and not autocast_enabled(x)
     computed = autocast(x.new_empty(0, dtype=weights[0].dtype if widened else x.dtype))
-    impl = chosen(OP, layer.fused_impl, computed, *weights, x, scaling, "identity")
+    impl = chosen(OP, layer.fused_impl, computed, *weights, x, scaling, None, None, 0.0, "identity")
     if impl is None:
         return None
     result = layer.base_layer(x)
