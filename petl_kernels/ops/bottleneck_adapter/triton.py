@@ -27,35 +27,38 @@ _SUM_BLOCK = 512
 # spill registers or pass the shared memory; tests/test_triton.py compiles them all.
 
 
-def _row_settings(n: int, d: int, r: int, itemsize: int, device: Device, draws: bool = False) -> dict[str, int]:
-    """Tiles of the kernels that walk rows: as many rows as still give every processor a program.
+def _modified(gate: Tensor | None, seed: Tensor | None, activation: str) -> bool:
+    """Whether more than an activation happens to a tile of the bottleneck, which takes registers of its own."""
+    return gate is not None or seed is not None or activation == "softmax"
 
-    Of 64 rows beside whose products random numbers are drawn, some settings spill.
-    """
+
+def _row_settings(n: int, d: int, r: int, itemsize: int, device: Device, modified: bool = False) -> dict[str, int]:
+    """Tiles of the kernels that walk rows: as many rows as still give every processor a program."""
     half = itemsize == 2
     block_r = block(_MAX_RANK, r)
-    most = max(16, min(32 if draws else 64, (8192 if half else 2048) // block_r))
+    most = max(16, min(32 if modified else 64, (8192 if half else 2048) // block_r))
     fill = n // device.processors
     width = max(16, min(64, (8192 if half else 4096) // block_r))
+    full = modified and block_r == _MAX_RANK  # the registers, as they are with 64 rows of anything modified
     return dict(
         BLOCK_M=min(most, 64 if fill >= 64 else 32 if fill >= 32 else 16),
         BLOCK_D=block(width, d),
         BLOCK_R=block_r,
         num_warps=warps(8, device),
-        num_stages=3 if half and device.warp_size == 32 else 2,  # a third stage passes gfx942's 64 KiB
+        num_stages=3 if half and device.warp_size == 32 and not full else 2,  # a third stage passes gfx942's 64 KiB
     )
 
 
-def _held_slabs(d: int, itemsize: int, settings: dict[str, int]) -> int:
+def _held_slabs(d: int, itemsize: int, settings: dict[str, int], modified: bool = False) -> int:
     """How many of x's slabs of 128 columns stay in registers for the whole forward: 96 KiB of a processor's 256.
 
     Held, they are read once; the others are read again, from the L2 cache, for the residual. Products of float32
-    operands leave no registers for them.
+    operands leave no registers for them, what else happens to the bottleneck half as many.
     """
     if itemsize != 2 or settings["BLOCK_R"] > 64:
         return 0
     width = block(128, d)
-    room = 96 * 1024 // (settings["BLOCK_M"] * itemsize * width)
+    room = (48 if modified else 96) * 1024 // (settings["BLOCK_M"] * itemsize * width)
     return min(triton.cdiv(d, width), 8, room)
 
 
@@ -109,8 +112,9 @@ def forward(
     sequential = residual is x
     x, stride_xm = rows(x)
     device = _triton.device_of(x.device)
-    settings = _row_settings(n, d_in, r, x.element_size(), device, seed is not None)
-    held = _held_slabs(d_in, x.element_size(), settings) if sequential else 0
+    modified = _modified(gate, seed, activation)
+    settings = _row_settings(n, d_in, r, x.element_size(), device, modified)
+    held = _held_slabs(d_in, x.element_size(), settings, modified) if sequential else 0
     if held:
         settings["BLOCK_D"] = block(128, d_in)  # fewer unrolled slabs
     if sequential:
@@ -186,10 +190,9 @@ def backward(
     with torch.cuda.device_of(g):
         dz = torch.empty_like(z) if any(needs[:3]) else None
         # An activation is cheaper to compute again than to store; random numbers are not.
-        modified = gate is not None or seed is not None
-        h = torch.empty_like(z) if modified and (needs[3] or needs[5]) else None
+        h = torch.empty_like(z) if (gate is not None or seed is not None) and (needs[3] or needs[5]) else None
         if n > 0 and (dz is not None or h is not None or needs[6]):
-            by_rows = _row_settings(n, d_out, r, itemsize, device, seed is not None)
+            by_rows = _row_settings(n, d_out, r, itemsize, device, _modified(gate, seed, activation))
             kernels._bottleneck_adapter_bwd_dz_kernel[(triton.cdiv(n, by_rows["BLOCK_M"]),)](
                 g,
                 z,
