@@ -1,22 +1,9 @@
 // petl_kernels._cpu: the CPU kernels for Python. Pointers and sizes come in, nothing of torch; the caller holds the
 // tensors, and the interpreter lock is released while a kernel runs.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include "../cpu/kernels.h"
-
-namespace py = pybind11;
-using namespace petl;
+#include "matrix.h"
 
 namespace {
-
-using Matrix = std::optional<std::tuple<uintptr_t, int, int64_t>>;  // address, dtype, row stride in elements
-
-Rows rows(const Matrix& m) {
-  if (!m) return {};
-  const auto [address, dtype, stride] = *m;
-  return {reinterpret_cast<void*>(address), static_cast<DType>(dtype), stride};
-}
 
 void bottleneck_forward(std::tuple<int64_t, int64_t, int64_t, int64_t> sizes, const Matrix& x, const Matrix& w_down,
                         const Matrix& b_down, const Matrix& w_up, const Matrix& b_up, const Matrix& residual,

@@ -1,22 +1,9 @@
 // petl_kernels._cuda: the CUDA kernels for Python. Addresses, sizes and a stream come in, nothing of torch; the caller
 // holds the tensors, and what is launched here runs on in the stream after the return.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include "../cuda/kernels.h"
-
-namespace py = pybind11;
-using namespace petl;
+#include "matrix.h"
 
 namespace {
-
-using Matrix = std::optional<std::tuple<uintptr_t, int, int64_t>>;  // address, dtype, row stride in elements
-
-Rows rows(const Matrix& m) {
-  if (!m) return {};
-  const auto [address, dtype, stride] = *m;
-  return {reinterpret_cast<void*>(address), static_cast<DType>(dtype), stride};
-}
 
 using Where = std::tuple<int, uintptr_t, int, int64_t, bool>;  // petl_kernels.ops._cuda.launch_on
 
