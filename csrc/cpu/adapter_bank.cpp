@@ -324,22 +324,15 @@ void backward(const AdapterBankBackward& b) {
 }  // namespace
 
 void adapter_bank_forward(const AdapterBankForward& f) {
-  switch (f.y.dtype) {
-    case DType::kFloat32: return forward<float, float>(f);
-    case DType::kBFloat16: return forward<float, bf16>(f);
-    case DType::kFloat16: return forward<float, f16>(f);
-    case DType::kFloat64: return forward<double, double>(f);
-  }
+  if (f.y.dtype == DType::kFloat64) return forward<double, double>(f);
+  with_storage<float>(f.y.dtype, [&](auto* y) { forward<float, std::remove_pointer_t<decltype(y)>>(f); });
 }
 
 void adapter_bank_backward(const AdapterBankBackward& b) {
   // As of bottleneck_backward: without dx its type does not matter.
-  switch (b.dx ? b.dx.dtype : b.g.dtype) {
-    case DType::kFloat32: return backward<float, float>(b);
-    case DType::kBFloat16: return backward<float, bf16>(b);
-    case DType::kFloat16: return backward<float, f16>(b);
-    case DType::kFloat64: return backward<double, double>(b);
-  }
+  const DType dtype = b.dx ? b.dx.dtype : b.g.dtype;
+  if (dtype == DType::kFloat64) return backward<double, double>(b);
+  with_storage<float>(dtype, [&](auto* x) { backward<float, std::remove_pointer_t<decltype(x)>>(b); });
 }
 
 }  // namespace petl::PETL_ISA

@@ -280,21 +280,13 @@ void backward(const ChannelAdapterBackward& b) {
 }  // namespace
 
 void channel_adapter_forward(const ChannelAdapterForward& f) {
-  switch (f.x.dtype) {
-    case DType::kFloat32: return forward<float, float>(f);
-    case DType::kBFloat16: return forward<float, bf16>(f);
-    case DType::kFloat16: return forward<float, f16>(f);
-    case DType::kFloat64: return forward<double, double>(f);
-  }
+  if (f.x.dtype == DType::kFloat64) return forward<double, double>(f);
+  with_storage<float>(f.x.dtype, [&](auto* x) { forward<float, std::remove_pointer_t<decltype(x)>>(f); });
 }
 
 void channel_adapter_backward(const ChannelAdapterBackward& b) {
-  switch (b.g.dtype) {
-    case DType::kFloat32: return backward<float, float>(b);
-    case DType::kBFloat16: return backward<float, bf16>(b);
-    case DType::kFloat16: return backward<float, f16>(b);
-    case DType::kFloat64: return backward<double, double>(b);
-  }
+  if (b.g.dtype == DType::kFloat64) return backward<double, double>(b);
+  with_storage<float>(b.g.dtype, [&](auto* g) { backward<float, std::remove_pointer_t<decltype(g)>>(b); });
 }
 
 }  // namespace petl::PETL_ISA
