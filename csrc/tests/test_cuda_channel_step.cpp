@@ -128,6 +128,5 @@ int main() {
           });
     }
   }
-  std::printf("%s\n", failures ? "FAILED" : "passed");
-  return failures ? 1 : 0;
+  return finish();
 }

@@ -135,6 +135,12 @@ inline std::vector<int64_t> choose(std::mt19937& rng, int64_t k, int64_t among) 
   return {channels.begin(), channels.begin() + k};
 }
 
+// Says how it went; the exit status of the program.
+inline int finish() {
+  std::printf("%s\n", failures ? "FAILED" : "passed");
+  return failures ? 1 : 0;
+}
+
 // Runs `test(isa)` in every instruction set this processor has; the exit status of the program.
 template <typename Test>
 int in_every_isa(Test test) {
@@ -143,6 +149,5 @@ int in_every_isa(Test test) {
     test(isa);
     std::printf("%s: done\n", isa.c_str());
   }
-  std::printf("%s\n", failures ? "FAILED" : "passed");
-  return failures ? 1 : 0;
+  return finish();
 }
