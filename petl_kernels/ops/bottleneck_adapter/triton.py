@@ -24,7 +24,7 @@ _MAX_RANK = 512
 _SUM_BLOCK = 512
 
 # Launch settings. The bounds on tiles are where the kernels, compiled for sm_80, sm_90, sm_100 and gfx942, begin to
-# spill registers or pass the shared memory; tests/test_triton.py compiles them all.
+# spill registers or pass the shared memory; tests/test_triton_compile.py compiles them all.
 
 
 def _modified(gate: Tensor | None, seed: Tensor | None, activation: str) -> bool:
