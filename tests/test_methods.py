@@ -41,12 +41,8 @@ def refusal(kind: str, method: str) -> str | None:
     """Why this method has no place in this model."""
     if method in ("adaptformer", "sct") and kind in POST_LN:
         return "post-LN"
-    if (method == "lora" and kind in TORCH) or (method == "ia3" and kind in (*TORCH, *FUSED_QKV)):
-        return "wants a linear"
     if method == "diff_pruning" and kind in (*TORCH, "gpt2"):
         return "wants an nn.Linear, and .* has none" if kind == "gpt2" else "reads weights without calling them"
-    if method == "layer_norm" and kind in ("llama", "phi3"):
-        return "finds nothing to train in (Llama|Phi3)Model"  # whose norms are a class of its own
     return None
 
 
@@ -178,6 +174,18 @@ def test_lora_on_slices_of_a_fused_projection(kind, keys):
         rows[D + keys :] += 2.0 * module.w_up[D:] @ module.w_down[3:]
         assert rows.shape[0] == D + 2 * keys and module.w_up.shape[0] == D + keys
     torch.testing.assert_close(run(changed), run(plain), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", [*TORCH, *FUSED_QKV])
+@pytest.mark.parametrize("method", ["lora", "ia3"])
+def test_merged_they_are_the_model_with_changed_weights(kind, method):
+    model = make(kind)
+    report = attach(model, method, **IDENTITY[method])
+    shaken(model, report.trained)
+    expected = run(model)
+    for name in report.inserted:
+        model.set_submodule(name, model.get_submodule(name).merge())
+    torch.testing.assert_close(run(model), expected, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("method", ["adaptformer", "sct"])
@@ -358,7 +366,7 @@ def test_a_method_of_ones_own():
         ("bert", "houlsby", dict(bottleneck=0), ValueError, "bottleneck must be an integer of at least 1, got 0"),
         ("bert", "houlsby", dict(keep_trainable="head.*"), ValueError, r"keep_trainable 'head\.\*' matches nothing"),
         ("bert", "lora", dict(targets=("query", "gate")), ValueError, "wants a linear 'gate' of the attention in"),
-        ("timm", "ia3", {}, ValueError, r"wants a linear 'key' .* which has \['output', 'qkv'\]"),
+        ("torch", "lora", dict(targets=["output"]), ValueError, r"wants a linear 'output' .* which has \[\]"),
         ("gpt2", "lora", dict(targets=["output"]), TypeError, "LoRALinear: linear must be an nn.Linear, got Conv1D"),
         ("vit", "sct", {}, ValueError, "sct needs channels"),
     ],

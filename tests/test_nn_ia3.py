@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from table import Recorder, impls
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 from petl_kernels.nn import IA3Linear
 from petl_kernels.testing import CASES
@@ -288,3 +289,28 @@ def test_bad_input(changed, error, message):
     with pytest.raises(error, match=f"^IA3Linear: .*{message}"):
         IA3Linear.from_linear(given, **call)
     assert [p.requires_grad for p in given.parameters()] == flags
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_slices_of_a_fused_projection(kind):
+    torch.manual_seed(0)
+    plain = (nn.Linear(D_IN, D_OUT) if kind is nn.Linear else Conv1D(D_OUT, D_IN)).double()
+    made = IA3Linear.from_linear(plain, slices=((5, 7), (1, 3)))
+    value = x(dtype=torch.float64)
+    assert torch.equal(made(value), F.linear(value, made.weight if kind is nn.Linear else made.weight.T, made.bias))
+    nn.init.normal_(made.scale)
+    expected, weight = plain(value), made.weight if kind is nn.Linear else made.weight.T
+    expected[..., 1:3] = F.linear(value, weight[1:3], made.bias[1:3]) * made.scale[:2]
+    expected[..., 5:7] = F.linear(value, weight[5:7], made.bias[5:7]) * made.scale[2:]
+    y = made(value)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    grads = [torch.autograd.grad(out.square().sum(), made.scale)[0] for out in (y, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(made.merge()(value), expected, rtol=1e-12, atol=1e-12)
+    assert "slices=((1, 3), (5, 7))" in repr(made)
+    with pytest.raises(
+        ValueError, match=r"IA3Linear: slices must be pairs 0 <= start < stop <= 7 .*, got \(\(5, 8\),\)"
+    ):
+        IA3Linear.from_linear(plain, slices=((5, 8),))
+    with pytest.raises(ValueError, match="slices are of the output, so they must be None where side is 'input'"):
+        IA3Linear.from_linear(plain, side="input", slices=((0, 2),))

@@ -151,6 +151,14 @@ def _keep_padding(model: nn.Module) -> Callable[[], None]:
     return partial(pack, True)
 
 
+def _is_norm(module: nn.Module) -> bool:
+    """Models have RMS norms of classes of their own: LlamaRMSNorm, Phi3RMSNorm, T5LayerNorm."""
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return True
+    own = [*module.parameters(recurse=False)]
+    return type(module).__name__.endswith(("RMSNorm", "LayerNorm")) and all(p.dim() == 1 for p in own)
+
+
 def _chosen(method: str | Method) -> Method:
     if not isinstance(method, Method):
         if method not in METHODS:
@@ -167,6 +175,6 @@ def _trained(model: nn.Module, method: Method, insertions: list[Insertion]) -> l
     """What the method trains: of its modules all that is not frozen, and the layer norms where they belong to it."""
     own = [p for each in insertions for p in each.module.parameters() if p.requires_grad]
     if method.norms:
-        norms = [m for m in model.modules() if isinstance(m, (nn.LayerNorm, nn.RMSNorm))]
+        norms = [m for m in model.modules() if _is_norm(m)]
         own += [p for norm in norms for p in norm.parameters(recurse=False)]
     return own

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from petl_kernels.methods.insertions import Insertion, first, leave, link, occupy, of_first
 from petl_kernels.nn.lora_merged import is_conv1d
+from petl_kernels.nn.multihead_attention import attend
 
 
 class Inside(Insertion):
@@ -125,30 +125,9 @@ def _multihead(
     if need_weights or (attn_mask is None and is_causal):
         wanted = "need_weights=False, and attn_mask with is_causal"
         raise ValueError(f"attach: {type(core.petl).__name__} in MultiheadAttention wants {wanted}")
-    batched = query.dim() == 3
-    batch_first = batched and core.batch_first
-
-    def heads(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        y = F.linear(x, weight, bias) if batched else F.linear(x, weight, bias)[:, None]
-        y = y if batch_first else y.transpose(0, 1)
-        return y.unflatten(-1, (core.num_heads, -1)).transpose(1, 2)
-
     biases = (None,) * 3 if core.in_proj_bias is None else core.in_proj_bias.chunk(3)
-    q, k, v = (heads(*each) for each in zip((query, key, value), core.in_proj_weight.chunk(3), biases))
-    mask: Any = None
-    if attn_mask is not None:
-        mask = _added(attn_mask, q) if attn_mask.dim() == 2 else _added(attn_mask, q).unflatten(0, (-1, core.num_heads))
-    if key_padding_mask is not None:
-        padding = _added(key_padding_mask, q).view(-1, 1, 1, k.shape[2])
-        mask = padding if mask is None else mask + padding
-    y = core.petl(q, k, v, mask, core.dropout if core.training else 0.0).transpose(1, 2).flatten(2)
-    y = y if batch_first else y.transpose(0, 1)
-    return core.out_proj(y if batched else y[:, 0]), None
-
-
-def _added(mask: Tensor, like: Tensor) -> Tensor:
-    """A mask of nn.MultiheadAttention, True where a key is hidden, as what is added to scores."""
-    return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else mask
+    projected = [F.linear(*each) for each in zip((query, key, value), core.in_proj_weight.chunk(3), biases)]
+    return attend(core, projected, key_padding_mask, attn_mask, core.petl), None
 
 
 def _nothing(core: Any, args: Any) -> None:

@@ -1,4 +1,4 @@
-"""How a method's module enters a model: behind a module of it, beside a stretch, around a norm, instead of a linear.
+"""How a method's module enters a model: behind a module of it, beside a stretch, around a norm, instead of a module.
 `attention.py` has the places inside an attention.
 
 A module that is added becomes a child of the one at which it acts, under the name `petl`, and is called from a hook.
@@ -64,16 +64,16 @@ class Beside(Insertion):
 
 
 class Instead(Insertion):
-    """`module` in the place of the linear `at`, of which it keeps the Parameters under their names."""
+    """`module` in the place of `at`, a linear or an attention, of which it keeps the Parameters under their names."""
 
     def insert(self, model: nn.Module) -> Callable[[], None]:
-        linear = model.get_submodule(self.at)
-        model.set_submodule(self.at, self.module.train(linear.training))
+        replaced = model.get_submodule(self.at)
+        model.set_submodule(self.at, self.module.train(replaced.training))
 
         def remove() -> None:
             if model.get_submodule(self.at) is not self.module:
                 raise RuntimeError(f"detach: {self.at!r} is no longer the module that attach put there")
-            model.set_submodule(self.at, linear.train(self.module.training))
+            model.set_submodule(self.at, replaced.train(self.module.training))
 
         return remove
 

@@ -18,17 +18,19 @@ from petl_kernels.nn import (
     ChannelAdapter,
     DiffPruningLinear,
     IA3Linear,
+    IA3MultiheadAttention,
     LoRALinear,
     LoRAMergedLinear,
+    LoRAMultiheadAttention,
     LowRankPAL,
     MultiHeadParallelAdapter,
     ParallelAdapter,
     PrefixAdapter,
 )
 from petl_kernels.nn.lora_merged import is_conv1d
+from petl_kernels.nn.multihead_attention import TARGETS, obstacle
 
 Insertions = Iterator[Insertion]
-_QKV = ("query", "key", "value")
 
 
 def houlsby(model: nn.Module, block: Block, *, bottleneck: int = 64, **options: Any) -> Insertions:
@@ -75,23 +77,33 @@ def lora(
 ) -> Insertions:
     """On linears of every attention; where one linear is for queries, keys and values, on slices of its output."""
     for attention in block.attentions:
-        sliced = [] if attention.qkv is None else [t for t in targets if t in _QKV]
-        if attention.qkv is not None and sliced:
-            slices = _slices(model, attention, sliced)
-            merged = LoRAMergedLinear.from_linear(_linear(model, attention.qkv), rank, slices, **options)
-            yield Instead(attention.qkv, merged)
-        for target in targets:
-            if target not in sliced:
-                name = _named(block, attention, target, "lora")
-                yield Instead(name, LoRALinear.from_linear(_linear(model, name), rank, **options))
+        rest = [t for t in targets if t not in TARGETS or not _stacked(attention)]
+        if sliced := [t for t in targets if t not in rest]:
+            module: Any
+            if attention.qkv is not None:
+                slices = _slices(model, attention, sliced)
+                module = LoRAMergedLinear.from_linear(_linear(model, attention.qkv), rank, slices, **options)
+            else:
+                module = LoRAMultiheadAttention.from_attention(_linear(model, attention.core), rank, sliced, **options)
+            yield Instead(attention.qkv or attention.core, module)
+        for target in rest:
+            name = _named(block, attention, target, "lora")
+            yield Instead(name, LoRALinear.from_linear(_linear(model, name), rank, **options))
 
 
 def ia3(model: nn.Module, block: Block, **options: Any) -> Insertions:
     """On keys and values of every attention, and on what the feed-forward part's last linear reads."""
     for attention in block.attentions:
-        for target in ("key", "value"):
-            name = _named(block, attention, target, "ia3")
-            yield Instead(name, IA3Linear.from_linear(_linear(model, name), side="output", **options))
+        if attention.qkv is not None:
+            slices, qkv = _slices(model, attention, ("key", "value")), _linear(model, attention.qkv)
+            yield Instead(attention.qkv, IA3Linear.from_linear(qkv, side="output", slices=slices, **options))
+        elif _stacked(attention):
+            module = IA3MultiheadAttention.from_attention(_linear(model, attention.core), **options)
+            yield Instead(attention.core, module)
+        else:
+            for target in ("key", "value"):
+                name = _named(block, attention, target, "ia3")
+                yield Instead(name, IA3Linear.from_linear(_linear(model, name), side="output", **options))
     down = block.feed_forward.down
     yield Instead(down, IA3Linear.from_linear(_linear(model, down), side="input", **options))
 
@@ -212,17 +224,15 @@ def _heads(block: Block, core: Any) -> int:
 def _check_function(model: nn.Module, block: Block, core: Any) -> None:
     """That an attention calls F.scaled_dot_product_attention, as far as can be told before it runs."""
     runs = getattr(_config(core) or _config(model), "_attn_implementation", None)
-    obstacle = None
+    found = None
     if runs not in (None, "sdpa"):
-        obstacle = f"runs {runs!r}; load the model with attn_implementation='sdpa'"
+        found = f"runs {runs!r}; load the model with attn_implementation='sdpa'"
     elif not getattr(core, "fused_attn", True):
-        obstacle = "has fused_attn off"
-    elif isinstance(core, nn.MultiheadAttention) and (
-        not core._qkv_same_embed_dim or core.bias_k is not None or core.add_zero_attn
-    ):
-        obstacle = "has widths or keys of its own (kdim, vdim, add_bias_kv, add_zero_attn)"
-    if obstacle is not None:
-        where = f"the attention in {block.name!r} {obstacle}"
+        found = "has fused_attn off"
+    elif isinstance(core, nn.MultiheadAttention):
+        found = obstacle(core)
+    if found is not None:
+        where = f"the attention in {block.name!r} {found}"
         raise ValueError(f"attach: prefixes act within F.scaled_dot_product_attention, and {where}")
 
 
@@ -238,10 +248,15 @@ def _named(block: Block, attention: Attention, target: str, method: str) -> str:
     """The name of a linear of an attention."""
     name = getattr(attention, target, None)
     if name is None:
-        has = [t for t in (*_QKV, "output", "qkv") if getattr(attention, t)]
+        has = [t for t in (*TARGETS, "output", "qkv") if getattr(attention, t)]
         where = f"the attention in {block.name!r}, which has {has}"
         raise ValueError(f"attach: {method} wants a linear {target!r} of {where}")
     return name
+
+
+def _stacked(attention: Attention) -> bool:
+    """Whether one matrix makes its queries, keys and values."""
+    return attention.query is None
 
 
 def _slices(model: nn.Module, attention: Attention, targets: Sequence[str]) -> list[tuple[int, int]]:
@@ -251,7 +266,7 @@ def _slices(model: nn.Module, attention: Attention, targets: Sequence[str]) -> l
     total, queries = _sides(_linear(model, attention.qkv))[1], _sides(_linear(model, attention.output))[0]
     rest = (total - queries) // 2
     bounds = (0, queries, queries + rest, total)
-    return [(bounds[i], bounds[i + 1]) for i in map(_QKV.index, targets)]
+    return [(bounds[i], bounds[i + 1]) for i in map(TARGETS.index, targets)]
 
 
 def _width(model: nn.Module, block: Block, attention: Attention, target: str) -> int:

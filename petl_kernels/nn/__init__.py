@@ -12,6 +12,7 @@ from petl_kernels.nn.lora import LoRALinear
 from petl_kernels.nn.lora_merged import LoRAMergedLinear
 from petl_kernels.nn.mam import MAM
 from petl_kernels.nn.multi_head_parallel import MultiHeadParallelAdapter
+from petl_kernels.nn.multihead_attention import IA3MultiheadAttention, LoRAMultiheadAttention
 from petl_kernels.nn.parallel import AdaptFormer, LowRankPAL, ParallelAdapter, PfeifferAdapter
 from petl_kernels.nn.prefix import PrefixAdapter
 
@@ -25,9 +26,11 @@ __all__ = [
     "ChannelLinear",
     "DiffPruningLinear",
     "IA3Linear",
+    "IA3MultiheadAttention",
     "LayerNorm",
     "LoRALinear",
     "LoRAMergedLinear",
+    "LoRAMultiheadAttention",
     "LowRankPAL",
     "MultiHeadParallelAdapter",
     "ParallelAdapter",

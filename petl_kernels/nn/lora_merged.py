@@ -65,7 +65,7 @@ class LoRAMergedLinear(nn.Module):
             check_number("LoRAMergedLinear", "alpha", alpha, "None or ")
         self.fan_in_fan_out = fan_in_fan_out
         self.out_features, self.in_features = weight.t().shape if fan_in_fan_out else weight.shape
-        self.slices = _slices(slices, self.out_features)
+        self.slices = check_slices("LoRAMergedLinear", slices, self.out_features)
         self.rank, self.dropout, self.impl = rank, float(dropout), impl
         self.alpha = float(rank if alpha is None else alpha)
         self.weight = freeze(weight)
@@ -117,14 +117,9 @@ class LoRAMergedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., d_in] -> [..., d_out]."""
-        x = autocast(x)
         weight = self.weight.t() if self.fan_in_fan_out else self.weight
-        dropped = F.dropout(x, self.dropout) if self.training and self.dropout else None
-        call = (x, dropped, weight, self.bias, self.w_down, self.w_up)
-        trains = weight.requires_grad or (self.bias is not None and self.bias.requires_grad)  # unfrozen again
-        if trains or asked_for(self.impl) == REFERENCE or opaque(call):
-            return _reference(*call, self.slices, self.scale)
-        return _Branches.apply(*call, self.slices, self.scale)
+        dropout = self.dropout if self.training else 0.0
+        return add_branches(x, weight, self.bias, self.w_down, self.w_up, self.slices, self.scale, dropout, self.impl)
 
     @torch.no_grad()
     def merge(self) -> nn.Linear:
@@ -143,12 +138,32 @@ class LoRAMergedLinear(nn.Module):
         return text if self.impl is None else f"{text}, impl={self.impl!r}"
 
 
+def add_branches(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    w_down: Tensor,
+    w_up: Tensor,
+    slices: Slices,
+    scale: float,
+    dropout: float,
+    impl: str | None,
+) -> Tensor:
+    """`x W^T + b` with a branch added to each of these slices of it; arguments as the attributes of the layer."""
+    x = autocast(x)
+    call = (x, F.dropout(x, dropout) if dropout else None, weight, bias, w_down, w_up)
+    trains = weight.requires_grad or (bias is not None and bias.requires_grad)  # unfrozen again
+    if trains or asked_for(impl) == REFERENCE or opaque(call):
+        return _reference(*call, slices, scale)
+    return _Branches.apply(*call, slices, scale)
+
+
 def is_conv1d(module: Any) -> bool:
     """Whether it is the linear with a transposed weight that GPT-2 of `transformers` is made of."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and "weight" in module._parameters
 
 
-def _slices(slices: Any, size: int) -> Slices:
+def check_slices(owner: str, slices: Any, size: int) -> Slices:
     """The checked slices, in ascending order."""
     try:
         pairs = sorted((start, stop) for start, stop in slices)
@@ -160,7 +175,7 @@ def _slices(slices: Any, size: int) -> Slices:
         end = stop
     if not ok:
         wanted = f"slices must be pairs 0 <= start < stop <= {size} of integers that do not overlap"
-        raise ValueError(f"LoRAMergedLinear: {wanted}, got {slices!r}")
+        raise ValueError(f"{owner}: {wanted}, got {slices!r}")
     return tuple(pairs)
 
 
