@@ -186,7 +186,8 @@ class LoRAMultiheadAttention(_Projecting):
             return F.linear(x, *self._rows(parts))
         first, last = branches[0], branches[-1] + 1
         starts = [d * (TARGETS.index(self.targets[i]) - parts.start) for i in branches]
-        down, up = self.w_down, self.w_up
+        down: Tensor = self.w_down
+        up: Tensor = self.w_up
         if len(branches) < len(self.targets):  # or the gradient of a slice is one more tensor to fill
             down, up = down[first * r : last * r], up[first * d : last * d]
         slices = tuple((start, start + d) for start in starts)

@@ -107,7 +107,7 @@ def _core(adapter: Any, x: Tensor, residual: Tensor | None, impl: str | None) ->
     if adapter.add_layer_norm_before:
         x = parts["adapter_norm_before"](x)
     late = norm is not None and not (adapter.adapter_residual_before_ln and type(adapter) is Adapter)
-    added = None if late or gated else residual
+    added = None if late else residual
     if isinstance(scaling, Tensor) and added is not None:
         # Under autocast a learned scaling stays float32, and with it the product and the sum.
         added = added.to(torch.promote_types(added.dtype, scaling.dtype))
@@ -120,14 +120,11 @@ def _core(adapter: Any, x: Tensor, residual: Tensor | None, impl: str | None) ->
         residual=added,
         activation=_activation(activation.f) or "",
         scale=scaling,
+        gate=factor,
         impl=impl,
     )
     if isinstance(scaling, Tensor):
         y = y.to(torch.promote_types(y.dtype, scaling.dtype))
-    if factor is not None:
-        y = y * factor
-        if residual is not None and not late:
-            y = y + residual
     if norm is not None:
         y = norm(y)
     return y + residual if late and residual is not None else y
