@@ -1,6 +1,6 @@
 # make demo: fine-tune a real model, eager and fused.  make two-stage: six methods on four tasks, and on digits (STEPS=5
 # for a smoke run of either).  make test: everything that must pass.  make resources: the Triton kernels compiled for every
-# GPU target, not just two.  make test-integrations: `fuse` in two environments whose libraries cannot share one.  Each
+# GPU target, not just one.  make test-integrations: `fuse` in two environments whose libraries cannot share one.  Each
 # makes .venv and installs what it needs.
 PYTHON ?= python3
 STEPS ?=

@@ -5,21 +5,13 @@
 
 namespace petl {
 
-#define PETL_DECLARE(isa) \
-  namespace isa {         \
+// PETL_ISAS is "ISA(sse2) ISA(avx2) ...": those that are built, narrowest first.
+#define ISA(name) \
+  namespace name { \
   extern const Kernels kernels; \
   }
-#if defined(PETL_X86)
-PETL_DECLARE(sse2)
-PETL_DECLARE(avx2)
-PETL_DECLARE(avx512)
-PETL_DECLARE(avx512bf16)
-#elif defined(PETL_ARM64)
-PETL_DECLARE(neon)
-#else
-PETL_DECLARE(generic)
-#endif
-#undef PETL_DECLARE
+PETL_ISAS
+#undef ISA
 
 namespace {
 
@@ -28,22 +20,23 @@ struct Candidate {
   bool supported;
 };
 
-std::vector<Candidate> candidates() {
-#if defined(PETL_X86)
+bool supports([[maybe_unused]] const std::string& isa) {
+#if defined(__x86_64__)
   __builtin_cpu_init();
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
-  return {{&sse2::kernels, true},
-          {&avx2::kernels, has_avx2},
-          {&avx512::kernels, has_avx512},
-          {&avx512bf16::kernels, has_bf16}};
-#elif defined(PETL_ARM64)
-  return {{&neon::kernels, true}};
-#else
-  return {{&generic::kernels, true}};
+  if (isa == "avx2") return has_avx2;
+  if (isa == "avx512") return has_avx512;
+  if (isa == "avx512bf16") return has_avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
+  return true;
+}
+
+std::vector<Candidate> candidates() {
+#define ISA(name) {&name::kernels, supports(#name)},
+  return {PETL_ISAS};
+#undef ISA
 }
 
 const Kernels*& active() {
