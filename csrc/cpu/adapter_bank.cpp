@@ -16,13 +16,13 @@ T* at(const Rows& m, int64_t row) {
 }
 
 // The rows of some spans as a product reads them, as `operand` gives those of one.
-template <typename C>
-Operand<C> gathered(const Rows& m, const Spans& spans, int64_t cols, C* scratch) {
-  if (spans.size() == 1) return operand<C>(m, spans[0].row, spans[0].count, cols, scratch);
-  const int64_t ld = scratch_stride<C>(cols);
-  C* to = scratch;
+template <typename P>
+Operand<P> gathered(const Rows& m, const Spans& spans, int64_t cols, P* scratch) {
+  if (spans.size() == 1) return operand(m, spans[0].row, spans[0].count, cols, scratch);
+  const int64_t ld = scratch_stride<P>(steps<P>(cols));
+  P* to = scratch;
   for (const Span& s : spans) {
-    widen(m, s.row, s.count, cols, to, ld);
+    copy_rows(m, s.row, s.count, cols, to, ld);
     to += s.count * ld;
   }
   return {scratch, ld};
@@ -49,7 +49,7 @@ void produce(const Rows& out, const Rows& add, const Spans& spans, int64_t cols,
   }
 }
 
-template <typename C, typename Y>
+template <typename C, typename P, typename Y>
 void forward(const AdapterBankForward& f) {
   constexpr int64_t kCols = kTileCols<C>;
   const TaskOrder order(f);
@@ -59,12 +59,14 @@ void forward(const AdapterBankForward& f) {
   const int64_t ldz = rp + kLanes<C>, z_size = block * ldz, x_size = block * scratch_stride<C>(f.d_in);
   const int64_t y_size = (block * dp * static_cast<int64_t>(sizeof(Y))) / static_cast<int64_t>(sizeof(C)) + kCols;
   const int64_t tiles_size = z_size + x_size + round_up(y_size, kCols);
-  const int64_t up_at = rp * f.d_in, b_down_at = up_at + f.r * dp, b_up_at = b_down_at + rp, packed_size = b_up_at + dp;
+  const int64_t down_depth = steps<P>(f.d_in), depth = steps<P>(f.r);
+  // Of one task: w_down and w_up in P, which is as large as C, then the biases.
+  const int64_t up_at = rp * down_depth, b_down_at = up_at + depth * dp, packed_size = b_down_at + rp + dp;
   const auto present = static_cast<int64_t>(order.present.size());
   using W = Workspace;
   Workspace work(W::bytes<C>(dp) + W::bytes<C>(present * packed_size) + W::bytes<C>(threads * tiles_size));
   C* scales = work.take<C>(dp);
-  C* packed = work.take<C>(present * packed_size);
+  P* packed = work.take<P>(present * packed_size);
   C* tiles = work.take<C>(threads * tiles_size);
 
   advise_huge_pages(f.y.data, n * f.y.stride * static_cast<int64_t>(sizeof(Y)));
@@ -75,15 +77,15 @@ void forward(const AdapterBankForward& f) {
 #pragma omp for
     for (int64_t i = 0; i < present * panels; ++i) {
       const Adapter& a = f.adapters[order.present[i / panels]];
-      C* to = packed + i / panels * packed_size;
+      P* to = packed + i / panels * packed_size;
       const int64_t p = i % panels * kCols, up = p - rp;
       if (up < 0) {
-        pack_transposed<C>(a.w_down, p, f.r, f.d_in, nullptr, to + p * f.d_in);
+        pack_transposed(a.w_down, p, f.r, f.d_in, nullptr, to + p * down_depth);
       } else {
-        pack_transposed<C>(a.w_up, up, f.d_out, f.r, scales, to + up_at + up * f.r);
+        pack_transposed(a.w_up, up, f.d_out, f.r, scales, to + up_at + up * depth);
       }
       if (i % panels) continue;
-      C *b_down = to + b_down_at, *b_up = to + b_up_at;
+      C *b_down = reinterpret_cast<C*>(to + b_down_at), *b_up = b_down + rp;
       std::memset(b_down, 0, sizeof(C) * static_cast<size_t>(rp + dp));
       if (a.b_down) widen(a.b_down, 0, 1, f.r, b_down, rp);
       if (a.b_up) widen(a.b_up, 0, 1, f.d_out, b_up, dp);
@@ -95,19 +97,22 @@ void forward(const AdapterBankForward& f) {
     Y* y_tile = reinterpret_cast<Y*>(x_tile + x_size);
     Spans spans;
     order.for_tasks(share(n, me, omp_get_num_threads()), [&](int64_t i, int64_t begin, int64_t end) {
-      const C* own = packed + i * packed_size;
+      const P* own = packed + i * packed_size;
+      const C *b_down = reinterpret_cast<const C*>(own + b_down_at), *b_up = b_down + rp;
       for (int64_t place = begin, rows; place < end; place += rows) {
         rows = order.block(place, end, block, spans);
-        const Operand<C> x = gathered<C>(f.x, spans, f.d_in, x_tile);
-        deep_product<C>(rows, f.r, f.d_in, x, own, z, ldz, own + b_down_at);
+        const Operand<P> x = gathered(f.x, spans, f.d_in, reinterpret_cast<P*>(x_tile));
+        deep_product<C>(rows, f.r, down_depth, x, own, z, ldz, b_down);
         const C* from = z;
         for (const Span& s : spans) {
           if (f.z) narrow(from, ldz, s.count, f.r, f.z, s.row);
           from += s.count * ldz;
         }
         activate_rows(f.activation, z, rows, ldz, f.r);
+        const Operand<P> h = left_operand<P>(z, rows, ldz, f.r);
         produce(f.y, f.residual, spans, f.d_out, y_tile, [&](Y* y, int64_t ldy, const Y* add, int64_t ldadd) {
-          gemm<C, Y>({rows, f.d_out, f.r, z, ldz, own + up_at, kCols, f.r * kCols, y, ldy, add, ldadd, own + b_up_at});
+          gemm<C, Y, false, P>({rows, f.d_out, depth, h.data, h.ld, own + up_at, kCols, depth * kCols, y, ldy, add, ldadd,
+                                b_up});
         });
       }
     });
@@ -156,38 +161,37 @@ struct BackwardPlan {
 };
 
 // dh, dz, dx and the partial sums of one block of rows.
-template <typename C, typename X>
+template <typename C, typename P, typename X>
 void backward_block(const BackwardPlan<C>& plan, const Adapter& grads, const Spans& spans, int64_t rows, bool first,
-                    const C* w_up, const C* w_down, C* tiles, C* partial) {
+                    const P* w_up, const P* w_down, C* tiles, C* partial) {
   constexpr int64_t kCols = kTileCols<C>;
   const AdapterBankBackward& b = plan.b;
-  const int64_t ldz = plan.ldz;
+  const int64_t ldz = plan.ldz, depth = steps<P>(b.r);
   C *h = tiles, *dz = h + plan.block * ldz, *g_tile = dz + plan.block * ldz;
   C *x_tile = g_tile + plan.block * scratch_stride<C>(b.d_out), *dx_tile = x_tile + plan.block * scratch_stride<C>(b.d_in);
-  const Operand<C> g = gathered<C>(b.g, spans, b.d_out, g_tile);
+  P* panel = reinterpret_cast<P*>(dx_tile + plan.block * scratch_stride<C>(b.d_in));
+  const Operand<P> g = gathered(b.g, spans, b.d_out, reinterpret_cast<P*>(g_tile));
   C* to = h;
   for (const Span& s : spans) {
     if (b.z) widen(b.z, s.row, s.count, b.r, to, ldz);
     to += s.count * ldz;
   }
   if (b.dx || grads.w_down || grads.b_down) {
-    deep_product<C>(rows, b.r, b.d_out, g, w_up, dz, ldz, nullptr);
+    deep_product<C>(rows, b.r, steps<P>(b.d_out), g, w_up, dz, ldz, nullptr);
     differentiate_rows(b.activation, h, dz, rows, ldz, b.r);
   } else if (b.z) {
     activate_rows(b.activation, h, rows, ldz, b.r);
   }
   if (grads.w_up || grads.b_up) {
     const int64_t skipped = grads.w_up ? 0 : b.r;  // for b_up alone only g is summed
-    C* up = partial + skipped * plan.op;
     for (int64_t i = 0; i < rows; ++i) h[i * ldz + b.r] = C(1);
-    gemm<C, C, true>({b.r + 1 - skipped, plan.op, rows, h + skipped, ldz, g.data, g.ld, kCols, up, plan.op,
-                      first ? nullptr : up, plan.op, nullptr});
+    const P* left = left_transposed<P>(h, rows, ldz, b.r + 1, h) + skipped;
+    add_row_products(b.r + 1 - skipped, b.d_out, rows, left, ldz, g, panel, partial + skipped * plan.op, first);
   }
   if (grads.w_down) {
-    const Operand<C> x = gathered<C>(b.x, spans, b.d_in, x_tile);
-    C* down = partial + plan.down_at;
-    gemm<C, C, true>({b.r, plan.ip, rows, dz, ldz, x.data, x.ld, kCols, down, plan.ip, first ? nullptr : down, plan.ip,
-                      nullptr});
+    const Operand<P> x = gathered(b.x, spans, b.d_in, reinterpret_cast<P*>(x_tile));
+    const P* left = left_transposed<P>(dz, rows, ldz, b.r, h);  // h is done with
+    add_row_products(b.r, b.d_in, rows, left, ldz, x, panel, partial + plan.down_at, first);
   }
   if (grads.b_down) {
     for (int64_t k = 0; k < b.r; k += kLanes<C>) {  // the block's own sum first, as in bottleneck_adapter.cpp
@@ -198,9 +202,11 @@ void backward_block(const BackwardPlan<C>& plan, const Adapter& grads, const Spa
     }
   }
   if (b.dx) {
+    const Operand<P> left = left_operand<P>(dz, rows, ldz, b.r);
     produce(b.dx, b.add_g ? b.g : Rows{}, spans, b.d_in, reinterpret_cast<X*>(dx_tile),
             [&](X* dx, int64_t ldx, const X* add, int64_t ldadd) {
-              gemm<C, X>({rows, b.d_in, b.r, dz, ldz, w_down, kCols, b.r * kCols, dx, ldx, add, ldadd, nullptr});
+              gemm<C, X, false, P>({rows, b.d_in, depth, left.data, left.ld, w_down, kCols, depth * kCols, dx, ldx, add,
+                                    ldadd, nullptr});
             });
   }
 }
@@ -251,14 +257,16 @@ void clear(const Rows& m, int64_t count) {
   if (m) std::memset(m.data, 0, static_cast<size_t>(count * element_bytes(m.dtype)));
 }
 
-template <typename C, typename X>
+template <typename C, typename P, typename X>
 void backward(const AdapterBankBackward& b) {
   constexpr int64_t kCols = kTileCols<C>;
   BackwardPlan<C> plan(b);
   const TaskOrder& order = plan.order;
   const int threads = plan.threads;
-  const int64_t tiles_size = plan.block * (2 * plan.ldz + scratch_stride<C>(b.d_out) + 2 * scratch_stride<C>(b.d_in));
-  const int64_t sums_size = (b.r + 1) * kCols + plan.rp, packed_size = plan.rp * b.d_out + plan.ip * b.r;
+  const int64_t tiles_size = plan.block * (2 * plan.ldz + scratch_stride<C>(b.d_out) + 2 * scratch_stride<C>(b.d_in)) +
+                             steps<P>(plan.block) * kCols;
+  const int64_t up_depth = steps<P>(b.d_out), depth = steps<P>(b.r), down_at = plan.rp * up_depth;
+  const int64_t sums_size = (b.r + 1) * kCols + plan.rp, packed_size = down_at + plan.ip * depth;
   const int64_t up_panels = plan.rp / kCols, panels = up_panels + plan.ip / kCols;
   const int64_t finished = (plan.op + plan.ip) / kCols;
   const auto present = static_cast<int64_t>(order.present.size());
@@ -267,7 +275,7 @@ void backward(const AdapterBankBackward& b) {
   Workspace work(W::bytes<C>(plan.op) + W::bytes<C>(present * packed_size) + W::bytes<C>(threads * tiles_size) +
                  W::bytes<C>(threads * sums_size) + W::bytes<C>(2 * threads * plan.partial_size));
   C* scales = work.take<C>(plan.op);
-  C* packed = work.take<C>(present * packed_size);
+  P* packed = work.take<P>(present * packed_size);
   C* tiles = work.take<C>(threads * tiles_size);
   C* all_sums = work.take<C>(threads * sums_size);
   C* partials = work.take<C>(2 * threads * plan.partial_size);
@@ -287,12 +295,12 @@ void backward(const AdapterBankBackward& b) {
 #pragma omp for
     for (int64_t i = 0; i < present * panels; ++i) {
       const Adapter& a = b.adapters[order.present[i / panels]];
-      C* to = packed + i / panels * packed_size;
+      P* to = packed + i / panels * packed_size;
       const int64_t p = i % panels * kCols, down = p - plan.rp;
       if (down < 0) {
-        pack_rows<C>(a.w_up, p, b.r, b.d_out, scales, to + p * b.d_out);
+        pack_rows(a.w_up, p, b.r, b.d_out, scales, to + p * up_depth);
       } else {
-        pack_rows<C>(a.w_down, down, b.d_in, b.r, nullptr, to + plan.rp * b.d_out + down * b.r);
+        pack_rows(a.w_down, down, b.d_in, b.r, nullptr, to + down_at + down * depth);
       }
     }
 
@@ -301,11 +309,11 @@ void backward(const AdapterBankBackward& b) {
     Spans spans;
     order.for_tasks(share(plan.n, me, plan.threads), [&](int64_t i, int64_t begin, int64_t end) {
       const int64_t task = order.present[i];
-      const C *w_up = packed + i * packed_size, *w_down = w_up + plan.rp * b.d_out;
+      const P *w_up = packed + i * packed_size, *w_down = w_up + down_at;
       C* partial = plan.partial(partials, me, task);
       for (int64_t place = begin, rows; place < end; place += rows) {
         rows = order.block(place, end, plan.block, spans);
-        backward_block<C, X>(plan, b.gradients[task], spans, rows, place == begin, w_up, w_down, tiles + me * tiles_size,
+        backward_block<C, P, X>(plan, b.gradients[task], spans, rows, place == begin, w_up, w_down, tiles + me * tiles_size,
                              partial);
       }
       const bool whole = begin == order.first[task] && end == order.first[task + 1];
@@ -324,15 +332,22 @@ void backward(const AdapterBankBackward& b) {
 }  // namespace
 
 void adapter_bank_forward(const AdapterBankForward& f) {
-  if (f.y.dtype == DType::kFloat64) return forward<double, double>(f);
-  with_storage<float>(f.y.dtype, [&](auto* y) { forward<float, std::remove_pointer_t<decltype(y)>>(f); });
+  if (f.y.dtype == DType::kFloat64) return forward<double, double, double>(f);
+#if defined(__AVX512BF16__)
+  if (are_bf16({f.x, f.y})) return forward<float, Pair, bf16>(f);
+  if (are_bf16({f.x}) && f.y.dtype == DType::kFloat32) return forward<float, Pair, float>(f);  // so is the residual
+#endif
+  with_storage<float>(f.y.dtype, [&](auto* y) { forward<float, float, std::remove_pointer_t<decltype(y)>>(f); });
 }
 
 void adapter_bank_backward(const AdapterBankBackward& b) {
   // As of bottleneck_backward: without dx its type does not matter.
   const DType dtype = b.dx ? b.dx.dtype : b.g.dtype;
-  if (dtype == DType::kFloat64) return backward<double, double>(b);
-  with_storage<float>(dtype, [&](auto* x) { backward<float, std::remove_pointer_t<decltype(x)>>(b); });
+  if (dtype == DType::kFloat64) return backward<double, double, double>(b);
+#if defined(__AVX512BF16__)
+  if (are_bf16({b.x, b.z, b.dx}) && (b.z || are_bf16({b.g}))) return backward<float, Pair, bf16>(b);
+#endif
+  with_storage<float>(dtype, [&](auto* x) { backward<float, float, std::remove_pointer_t<decltype(x)>>(b); });
 }
 
 }  // namespace petl::PETL_ISA

@@ -1,7 +1,7 @@
 // Blocks of rows: how many a thread takes at once, how many threads pay, products over a deep k, ordered sums.
 #pragma once
 
-#include "matrix.h"
+#include "pairs.h"
 
 namespace petl::PETL_ISA {
 
@@ -22,14 +22,14 @@ inline int useful_threads(int threads, int64_t n, int64_t multiply_adds) {
   return static_cast<int>(most < 1 ? 1 : most < threads ? most : threads);
 }
 
-// out = a panels (+ bias) (+ add), with k cut into kDepthBlock pieces accumulated in `out`.
-template <typename C>
-void deep_product(int64_t m, int64_t n, int64_t k, Operand<C> a, const C* panels, C* out, int64_t ldo, const C* bias,
+// out = a panels (+ bias) (+ add), with the k steps cut into kDepthBlock pieces accumulated in `out`.
+template <typename C, typename P>
+void deep_product(int64_t m, int64_t n, int64_t k, Operand<P> a, const P* panels, C* out, int64_t ldo, const C* bias,
                   Operand<C> add = {}) {
   for (int64_t k0 = 0; k0 < k; k0 += kDepthBlock) {
     const int64_t depth = k - k0 < kDepthBlock ? k - k0 : kDepthBlock;
-    gemm<C, C>({m, n, depth, a.data + k0, a.ld, panels + k0 * kTileCols<C>, kTileCols<C>, k * kTileCols<C>, out, ldo,
-                k0 ? out : add.data, k0 ? ldo : add.ld, k0 ? nullptr : bias});
+    gemm<C, C, false, P>({m, n, depth, a.data + k0, a.ld, panels + k0 * kTileCols<C>, kTileCols<C>, k * kTileCols<C>, out,
+                          ldo, k0 ? out : add.data, k0 ? ldo : add.ld, k0 ? nullptr : bias});
   }
 }
 

@@ -24,21 +24,21 @@ Modifiers<C> modifiers(const Call& call, int64_t row, int64_t rows, int64_t ld, 
   return {call.dropout ? factors : nullptr, call.gate ? gate : nullptr};
 }
 
-template <typename C, typename Y>
+template <typename C, typename P, typename Y>
 void forward(const BottleneckForward& f) {
   constexpr int64_t kCols = kTileCols<C>;
   const int64_t rp = round_up(f.r, kCols), dp = round_up(f.d_out, kCols), block = block_rows(f.d_in);
   // A gate multiplies the bias too, which then is one more row of w_up^T, the gate standing beside h.
   const bool gated_bias = f.gate && f.b_up;
-  const int64_t depth = f.r + gated_bias;
+  const int64_t down_depth = steps<P>(f.d_in), depth = steps<P>(f.r + gated_bias);
   const int threads = useful_threads(f.threads, f.n, 2 * f.n * f.d_in * f.r);
   const int64_t ldz = rp + kLanes<C>, z_size = block * ldz, x_size = block * scratch_stride<C>(f.d_in);
   const int64_t factors_size = f.dropout ? z_size : 0, tiles_size = z_size + x_size + factors_size + block;
   using W = Workspace;
-  Workspace work(W::bytes<C>(rp * f.d_in) + W::bytes<C>(depth * dp) + W::bytes<C>(rp) + 2 * W::bytes<C>(dp) +
+  Workspace work(W::bytes<P>(rp * down_depth) + W::bytes<P>(depth * dp) + W::bytes<C>(rp) + 2 * W::bytes<C>(dp) +
                  W::bytes<C>(threads * tiles_size));
-  C* down = work.take<C>(rp * f.d_in);
-  C* up = work.take<C>(depth * dp);
+  P* down = work.take<P>(rp * down_depth);
+  P* up = work.take<P>(depth * dp);
   C* b_down = work.take<C>(rp);
   C* b_up = work.take<C>(dp);
   C* scales = work.take<C>(dp);
@@ -55,28 +55,29 @@ void forward(const BottleneckForward& f) {
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for nowait
-    for (int64_t p = 0; p < rp; p += kCols) pack_transposed<C>(f.w_down, p, f.r, f.d_in, nullptr, down + p * f.d_in);
+    for (int64_t p = 0; p < rp; p += kCols) pack_transposed(f.w_down, p, f.r, f.d_in, nullptr, down + p * down_depth);
 #pragma omp for
     for (int64_t p = 0; p < dp; p += kCols) {
-      pack_transposed<C>(f.w_up, p, f.d_out, f.r, scales, up + p * depth);
-      if (gated_bias) std::memcpy(up + p * depth + f.r * kCols, b_up + p, sizeof(C) * kCols);
+      pack_transposed(f.w_up, p, f.d_out, f.r, scales, up + p * depth);
+      for (int64_t j = 0; gated_bias && j < kCols; ++j) put(up + p * depth, f.r, j, b_up[p + j]);
     }
 
     const int me = omp_get_thread_num();
-    C *z = scratch + me * tiles_size, *x_scratch = z + z_size, *factors = x_scratch + x_size, *gate = factors + factors_size;
+    C *z = scratch + me * tiles_size, *x_tile = z + z_size, *factors = x_tile + x_size, *gate = factors + factors_size;
     const Range range = share(f.n, me, omp_get_num_threads());  // the team may be smaller than asked for
     for (int64_t row = range.begin; row < range.end; row += block) {
       const int64_t rows = range.end - row < block ? range.end - row : block;
-      const Operand<C> x = operand<C>(f.x, row, rows, f.d_in, x_scratch);
-      deep_product<C>(rows, f.r, f.d_in, x, down, z, ldz, b_down);
+      const Operand<P> x = operand(f.x, row, rows, f.d_in, reinterpret_cast<P*>(x_tile));
+      deep_product<C>(rows, f.r, down_depth, x, down, z, ldz, b_down);
       if (f.activation == Activation::kSoftmax) softmax_rows(z, rows, ldz, f.r);
       if (f.z) narrow(z, ldz, rows, f.r, f.z, row);
       activate_rows(f.activation, z, rows, ldz, f.r, modifiers(f, row, rows, ldz, factors, gate));
       for (int64_t i = 0; gated_bias && i < rows; ++i) z[i * ldz + f.r] = gate[i];
+      const Operand<P> h = left_operand<P>(z, rows, ldz, f.r + gated_bias);
       Y* y = static_cast<Y*>(f.y.data) + row * f.y.stride;
       const Y* add = f.residual ? static_cast<const Y*>(f.residual.data) + row * f.residual.stride : nullptr;
-      gemm<C, Y>({rows, f.d_out, depth, z, ldz, up, kCols, depth * kCols, y, f.y.stride, add, f.residual.stride,
-                  gated_bias ? nullptr : b_up});
+      gemm<C, Y, false, P>({rows, f.d_out, depth, h.data, h.ld, up, kCols, depth * kCols, y, f.y.stride, add,
+                            f.residual.stride, gated_bias ? nullptr : b_up});
     }
   }
 }
@@ -116,18 +117,19 @@ struct BackwardPlan {
 };
 
 // dh, dz, dx and the partial sums of one block of rows.
-template <typename C, typename X>
+template <typename C, typename P, typename X>
 void backward_block(const BottleneckBackward& b, const BackwardPlan<C>& plan, int64_t row, int64_t rows, bool first,
-                    const C* w_up, const C* w_down, C* scratch, const Partial<C>& partial) {
+                    const P* w_up, const P* w_down, C* scratch, const Partial<C>& partial) {
   constexpr int64_t kCols = kTileCols<C>;
-  const int64_t ldz = plan.ldz;
+  const int64_t ldz = plan.ldz, depth = steps<P>(b.r);
   C *h = scratch, *dz = h + plan.h_size(), *g_tile = dz + plan.h_size(), *x_tile = g_tile + plan.tile_size(b.d_out);
   C *factors = x_tile + plan.tile_size(b.d_in), *gate = factors + plan.factors_size, *dgate = gate + plan.block;
-  const Operand<C> g = operand<C>(b.g, row, rows, b.d_out, g_tile);
+  P* panel = reinterpret_cast<P*>(dgate + plan.block);
+  const Operand<P> g = operand(b.g, row, rows, b.d_out, reinterpret_cast<P*>(g_tile));
   if (b.z) widen(b.z, row, rows, b.r, h, ldz);
   const Modifiers<C> m = modifiers(b, row, rows, ldz, factors, gate);
   if (plan.dz) {
-    deep_product<C>(rows, b.r + plan.gated_bias, b.d_out, g, w_up, dz, ldz, nullptr);
+    deep_product<C, P>(rows, b.r + plan.gated_bias, steps<P>(b.d_out), g, w_up, dz, ldz, nullptr);
     for (int64_t i = 0; b.dgate && i < rows; ++i) dgate[i] = plan.gated_bias ? dz[i * ldz + b.r] : C(0);
     differentiate_rows(b.activation, h, dz, rows, ldz, b.r, m, b.dgate ? dgate : nullptr);
     if (b.dgate) narrow(dgate, 1, rows, 1, b.dgate, row);
@@ -135,15 +137,14 @@ void backward_block(const BottleneckBackward& b, const BackwardPlan<C>& plan, in
     activate_rows(b.activation, h, rows, ldz, b.r, m);
   }
   if (plan.up) {
-    const C* left = h + (plan.up_rows == 1 ? b.r : 0);
     for (int64_t i = 0; i < rows; ++i) h[i * ldz + b.r] = m.gate ? m.gate[i] : C(1);
-    gemm<C, C, true>({plan.up_rows, plan.op, rows, left, ldz, g.data, g.ld, kCols, partial.up, plan.op,
-                      first ? nullptr : partial.up, plan.op, nullptr});
+    const P* left = left_transposed<P>(h, rows, ldz, b.r + 1, h) + (plan.up_rows == 1 ? b.r : 0);
+    add_row_products(plan.up_rows, b.d_out, rows, left, ldz, g, panel, partial.up, first);
   }
   if (plan.down) {
-    const Operand<C> x = operand<C>(b.x, row, rows, b.d_in, x_tile);
-    gemm<C, C, true>({b.r, plan.ip, rows, dz, ldz, x.data, x.ld, kCols, partial.down, plan.ip,
-                      first ? nullptr : partial.down, plan.ip, nullptr});
+    const Operand<P> x = operand(b.x, row, rows, b.d_in, reinterpret_cast<P*>(x_tile));
+    const P* left = left_transposed<P>(dz, rows, ldz, b.r, h);  // h is done with
+    add_row_products(b.r, b.d_in, rows, left, ldz, x, panel, partial.down, first);
   }
   if (b.db_down) {
     // The block's own sum first: one chain over 1000 rows was less accurate than twice eager's error.
@@ -157,7 +158,9 @@ void backward_block(const BottleneckBackward& b, const BackwardPlan<C>& plan, in
   if (b.dx) {
     X* dx = static_cast<X*>(b.dx.data) + row * b.dx.stride;
     const X* add = b.add_g ? static_cast<const X*>(b.g.data) + row * b.g.stride : nullptr;
-    gemm<C, X>({rows, b.d_in, b.r, dz, ldz, w_down, kCols, b.r * kCols, dx, b.dx.stride, add, b.g.stride, nullptr});
+    const Operand<P> left = left_operand<P>(dz, rows, ldz, b.r);
+    gemm<C, X, false, P>({rows, b.d_in, depth, left.data, left.ld, w_down, kCols, depth * kCols, dx, b.dx.stride, add,
+                          b.g.stride, nullptr});
   }
 }
 
@@ -187,20 +190,21 @@ void finish_up(const BottleneckBackward& b, const BackwardPlan<C>& plan, const C
   }
 }
 
-template <typename C, typename X>
+template <typename C, typename P, typename X>
 void backward(const BottleneckBackward& b) {
   constexpr int64_t kCols = kTileCols<C>;
   BackwardPlan<C> plan(b);
   const int threads = plan.threads;
-  const int64_t tiles_size =
-      2 * plan.h_size() + plan.tile_size(b.d_out) + plan.tile_size(b.d_in) + plan.factors_size + 2 * plan.block;
+  const int64_t tiles_size = 2 * plan.h_size() + plan.tile_size(b.d_out) + plan.tile_size(b.d_in) + plan.factors_size +
+                             2 * plan.block + steps<P>(plan.block) * kCols;
+  const int64_t up_depth = steps<P>(b.d_out), depth = steps<P>(b.r);
   const int64_t sums_size = (plan.up_rows + 1) * kCols + plan.rp;
   using W = Workspace;
-  Workspace work(W::bytes<C>(plan.rp * b.d_out) + W::bytes<C>(plan.ip * b.r) + 2 * W::bytes<C>(plan.op) +
+  Workspace work(W::bytes<P>(plan.rp * up_depth) + W::bytes<P>(plan.ip * depth) + 2 * W::bytes<C>(plan.op) +
                  W::bytes<C>(threads * tiles_size) + W::bytes<C>(threads * sums_size) +
                  W::bytes<C>(threads * plan.partial_size()));
-  C* w_up = work.take<C>(plan.rp * b.d_out);
-  C* w_down = work.take<C>(plan.ip * b.r);
+  P* w_up = work.take<P>(plan.rp * up_depth);
+  P* w_down = work.take<P>(plan.ip * depth);
   C* scales = work.take<C>(plan.op);
   C* dscale = work.take<C>(plan.op);
   C* tiles = work.take<C>(threads * tiles_size);
@@ -218,18 +222,18 @@ void backward(const BottleneckBackward& b) {
     if (plan.dz) {
 #pragma omp for nowait
       for (int64_t p = 0; p < plan.rp; p += kCols) {
-        C* panel = w_up + p * b.d_out;
-        pack_rows<C>(b.w_up, p, b.r, b.d_out, scales, panel);
+        P* panel = w_up + p * up_depth;
+        pack_rows(b.w_up, p, b.r, b.d_out, scales, panel);
         if (plan.gated_bias && b.r < p + kCols) {  // the last: g . (scale b_up) comes out of the product beside dh
           for (int64_t c = 0; c < b.d_out; ++c) {
             C bias;
             widen({b.b_up.data, b.b_up.dtype, 1}, c, 1, 1, &bias, 1);
-            panel[c * kCols + b.r - p] = scales[c] * bias;
+            put(panel, c, b.r - p, scales[c] * bias);
           }
         }
       }
 #pragma omp for nowait
-      for (int64_t p = 0; p < plan.ip; p += kCols) pack_rows<C>(b.w_down, p, b.d_in, b.r, nullptr, w_down + p * b.r);
+      for (int64_t p = 0; p < plan.ip; p += kCols) pack_rows(b.w_down, p, b.d_in, b.r, nullptr, w_down + p * depth);
     }
 #pragma omp barrier
     const int me = omp_get_thread_num();
@@ -239,7 +243,7 @@ void backward(const BottleneckBackward& b) {
     if (range.begin == range.end) std::memset(mine, 0, sizeof(C) * plan.partial_size());
     for (int64_t row = range.begin; row < range.end; row += plan.block) {
       const int64_t rows = range.end - row < plan.block ? range.end - row : plan.block;
-      backward_block<C, X>(b, plan, row, rows, row == range.begin, w_up, w_down, tiles + me * tiles_size, partial);
+      backward_block<C, P, X>(b, plan, row, rows, row == range.begin, w_up, w_down, tiles + me * tiles_size, partial);
     }
 #pragma omp barrier
     C *sums = all_sums + me * sums_size, *w_row = sums + (plan.up_rows + 1) * kCols;
@@ -273,15 +277,22 @@ void backward(const BottleneckBackward& b) {
 }  // namespace
 
 void bottleneck_forward(const BottleneckForward& f) {
-  if (f.y.dtype == DType::kFloat64) return forward<double, double>(f);
-  with_storage<float>(f.y.dtype, [&](auto* y) { forward<float, std::remove_pointer_t<decltype(y)>>(f); });
+  if (f.y.dtype == DType::kFloat64) return forward<double, double, double>(f);
+#if defined(__AVX512BF16__)
+  if (are_bf16({f.x, f.y})) return forward<float, Pair, bf16>(f);
+  if (are_bf16({f.x}) && f.y.dtype == DType::kFloat32) return forward<float, Pair, float>(f);  // so is the residual
+#endif
+  with_storage<float>(f.y.dtype, [&](auto* y) { forward<float, float, std::remove_pointer_t<decltype(y)>>(f); });
 }
 
 void bottleneck_backward(const BottleneckBackward& b) {
   // dx has the dtype of x and, when g is added to it, of g; without dx its type does not matter.
   const DType dtype = b.dx ? b.dx.dtype : b.g.dtype;
-  if (dtype == DType::kFloat64) return backward<double, double>(b);
-  with_storage<float>(dtype, [&](auto* x) { backward<float, std::remove_pointer_t<decltype(x)>>(b); });
+  if (dtype == DType::kFloat64) return backward<double, double, double>(b);
+#if defined(__AVX512BF16__)
+  if (are_bf16({b.x, b.z, b.dx}) && (b.z || are_bf16({b.g}))) return backward<float, Pair, bf16>(b);
+#endif
+  with_storage<float>(dtype, [&](auto* x) { backward<float, float, std::remove_pointer_t<decltype(x)>>(b); });
 }
 
 }  // namespace petl::PETL_ISA

@@ -11,10 +11,8 @@ namespace {
 // Steps of a product: as many as keep a panel, and the tile that meets it, in the L1 cache. A step is a row, or two in
 // a Pair.
 constexpr int64_t kDepth = 256;
-template <typename C, typename P>
-constexpr int64_t kRowsPerStep = std::is_same_v<C, P> ? 1 : 2;
-template <typename C, typename P>
-constexpr int64_t kBlockRows = kDepth * kRowsPerStep<C, P>;
+template <typename P>
+constexpr int64_t kBlockRows = kDepth * kPerStep<P>;
 
 // The picked columns of a block of rows lie in tiles of kTileRows columns: tile t holds [step][column] from t kTileSize.
 constexpr int64_t kTileSize = kDepth * kTileRows;
@@ -27,7 +25,7 @@ struct Plan {
 
   explicit Plan(const ChannelGradient& c) {
     tiles = (c.k + kTileRows - 1) / kTileRows;
-    blocks = (c.n + kBlockRows<C, P> - 1) / kBlockRows<C, P>;
+    blocks = (c.n + kBlockRows<P> - 1) / kBlockRows<P>;
     const int64_t wanted = (int64_t{4} << 20) / (tiles * kTileSize * static_cast<int64_t>(sizeof(P)));  // 4 MB
     per_round = wanted < 1 ? 1 : wanted < blocks ? wanted : blocks;
     direct = !c.transposed && c.dw.dtype == (sizeof(C) == 8 ? DType::kFloat64 : DType::kFloat32);
@@ -75,14 +73,6 @@ void pick(const ChannelGradient& c, int64_t row, int64_t, C* line, C* sums, bool
   });
 }
 
-// A panel of `rows` rows of the dense operand, from column `col` on.
-template <typename C>
-void pack_panel(const ChannelGradient& c, int64_t row, int64_t rows, int64_t col, C* panel) {
-  const int64_t offset = row * c.dense.stride * element_bytes(c.dense.dtype);
-  const Rows from{static_cast<char*>(c.dense.data) + offset, c.dense.dtype, c.dense.stride};
-  pack_rows<C>(from, col, c.d, rows, nullptr, panel);
-}
-
 #if defined(__AVX512BF16__)
 void pick(const ChannelGradient& c, int64_t row, int64_t rows, Pair* line, float* sums, bool first) {
   const bf16 *low = row_of<bf16>(c.picked, row), *high = row_of<bf16>(c.picked, rows > 1 ? row + 1 : row);
@@ -98,30 +88,12 @@ void pick(const ChannelGradient& c, int64_t row, int64_t rows, Pair* line, float
     add_to<float>(sums + j, bit_cast<Vec<float>>(pairs << 16) + bit_cast<Vec<float>>(pairs & 0xffff0000u), first);
   }
 }
-
-void pack_panel(const ChannelGradient& c, int64_t row, int64_t rows, int64_t col, Pair* panel) {
-  alignas(64) uint16_t order[2][32];
-  for (int i = 0; i < 32; ++i) order[0][i] = static_cast<uint16_t>(i / 2 + 32 * (i % 2)), order[1][i] = order[0][i] + 16;
-  const __m512i left = _mm512_load_si512(order[0]), right = _mm512_load_si512(order[1]);
-  const int64_t width = c.d - col < 32 ? c.d - col : 32;
-  const __mmask32 inside = static_cast<__mmask32>((uint64_t{1} << width) - 1);
-  for (int64_t i = 0; i < rows; i += 2, panel += 32) {
-    // The next panel's part of these rows, which lie a stride apart: the whole then takes 0.97 instead of 1.11 ms.
-    __builtin_prefetch(row_of<bf16>(c.dense, row + i) + col + 32);
-    __builtin_prefetch(row_of<bf16>(c.dense, row + i + 1) + col + 32);
-    const __m512i low = _mm512_maskz_loadu_epi16(inside, row_of<bf16>(c.dense, row + i) + col);
-    const __m512i high = i + 1 < rows ? _mm512_maskz_loadu_epi16(inside, row_of<bf16>(c.dense, row + i + 1) + col)
-                                      : _mm512_setzero_si512();
-    _mm512_storeu_si512(panel, _mm512_permutex2var_epi16(low, left, high));
-    _mm512_storeu_si512(panel + 16, _mm512_permutex2var_epi16(low, right, high));
-  }
-}
 #endif
 
 // Packs the picked columns of a block of rows into tiles and adds them up into sums[k], if that is wanted.
 template <typename C, typename P>
 void pack_picked(const ChannelGradient& c, const Plan<C, P>& plan, int64_t row, int64_t rows, P* line, P* tiles, C* sums) {
-  for (int64_t i = 0; i < rows; i += kRowsPerStep<C, P>, tiles += kTileRows) {
+  for (int64_t i = 0; i < rows; i += kPerStep<P>, tiles += kTileRows) {
     pick(c, row + i, rows - i, line, sums, i == 0);
     // A whole tile's width each time, past its own columns too: what lies there is never multiplied.
     for (int64_t t = 0; t < plan.tiles; ++t) {
@@ -135,13 +107,14 @@ template <typename C, typename P>
 void multiply_panel(const ChannelGradient& c, const Plan<C, P>& plan, int64_t row, int64_t rows, int64_t col,
                     const P* tiles, P* panel, C* out) {
   constexpr int64_t kCols = kTileCols<C>;
-  pack_panel(c, row, rows, col, panel);
-  const int64_t steps = (rows + kRowsPerStep<C, P> - 1) / kRowsPerStep<C, P>;
+  const int64_t offset = row * c.dense.stride * element_bytes(c.dense.dtype);
+  const Rows dense{static_cast<char*>(c.dense.data) + offset, c.dense.dtype, c.dense.stride};
+  pack_rows(dense, col, c.d, rows, nullptr, panel);
   const int64_t width = !plan.direct || c.d - col > kCols ? kCols : c.d - col;
   for (int64_t t = 0; t < plan.tiles; ++t) {
     const int64_t first = c.k * t / plan.tiles, height = c.k * (t + 1) / plan.tiles - first;
     C* target = out + first * plan.ld + col;
-    gemm<C, C, true, P>({height, width, steps, tiles + t * kTileSize, kTileRows, panel, kCols, 0, target, plan.ld,
+    gemm<C, C, true, P>({height, width, steps<P>(rows), tiles + t * kTileSize, kTileRows, panel, kCols, 0, target, plan.ld,
                          row ? target : nullptr, plan.ld, nullptr});
   }
 }
@@ -163,7 +136,7 @@ void store_panel(const ChannelGradient& c, const Plan<C, P>& plan, int64_t col, 
 
 template <typename C, typename P>
 void gradient(const ChannelGradient& c) {
-  constexpr int64_t kCols = kTileCols<C>, kRows = kBlockRows<C, P>;
+  constexpr int64_t kCols = kTileCols<C>, kRows = kBlockRows<P>;
   const Plan<C, P> plan(c);
   const int threads = useful_threads(c.threads, c.n, c.n * c.k * (c.dw ? c.d : 1));
   const int64_t line_size = round_up(c.k + kTileRows, kCols), panel_size = kDepth * kCols, sums_size = round_up(c.k, kCols);

@@ -15,8 +15,9 @@ PETL_INLINE void multiply_add(Vec<C>& acc, Vec<C> b, C a) {
 }
 
 #if defined(__AVX512BF16__)
-// Two bf16 of successive k in one operand: with twice the multiply-adds per instruction.
-struct Pair {
+// Two bf16 of successive k in one operand: twice the multiply-adds per instruction. Read straight from rows of bf16, which
+// may begin at any even address.
+struct __attribute__((packed, aligned(2), may_alias)) Pair {
   uint32_t bits;
 };
 template <>

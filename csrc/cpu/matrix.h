@@ -12,6 +12,9 @@ namespace petl::PETL_ISA {
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
+template <typename C>
+using Same = std::common_type_t<C>;  // in an argument that C is not deduced from, so that null can be passed
+
 // Calls f with a null pointer of the storage type that `dtype` names.
 template <typename C, typename F>
 PETL_INLINE void with_storage(DType dtype, F f) {
@@ -115,7 +118,7 @@ Operand<C> operand(const Rows& m, int64_t row, int64_t rows, int64_t cols, C* sc
 
 // Column j of the panel is row `first + j` of w [n, k], times scale[first + j].
 template <typename C>
-void pack_transposed(const Rows& w, int64_t first, int64_t n, int64_t k, const C* scale, C* panel) {
+void pack_transposed(const Rows& w, int64_t first, int64_t n, int64_t k, const Same<C>* scale, C* panel) {
   with_storage<C>(w.dtype, [&](auto* tag) {
     using S = std::remove_pointer_t<decltype(tag)>;
     constexpr int kLane = kLanes<C>;
@@ -139,7 +142,7 @@ void pack_transposed(const Rows& w, int64_t first, int64_t n, int64_t k, const C
 
 // Column j of the panel is column `first + j` of w [k, n]; row kk of the panel is times scale[kk].
 template <typename C>
-void pack_rows(const Rows& w, int64_t first, int64_t n, int64_t k, const C* scale, C* panel) {
+void pack_rows(const Rows& w, int64_t first, int64_t n, int64_t k, const Same<C>* scale, C* panel) {
   with_storage<C>(w.dtype, [&](auto* tag) {
     using S = std::remove_pointer_t<decltype(tag)>;
     for (int64_t kk = 0; kk < k; ++kk) {
