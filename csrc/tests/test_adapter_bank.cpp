@@ -100,6 +100,7 @@ int main() {
         run(isa, s, DType::kFloat64, DType::kFloat64, threads, true);
         run(isa, s, DType::kFloat32, DType::kFloat32, threads, false);
         run(isa, s, DType::kBFloat16, DType::kFloat32, threads, true);
+        run(isa, s, DType::kBFloat16, DType::kBFloat16, threads, false);
       }
     }
   });
