@@ -171,6 +171,47 @@ struct LayerNormBackward {
   int threads;
 };
 
+// A normalisation of rows: (v - mean) rstd * weight + bias, with rstd = 1 / sqrt(variance + eps); `rms` takes no mean off, and
+// rstd is 1 / sqrt(mean square + eps). Statistics are vectors of float32, float64 for float64: results of a forward, where
+// present, and arguments of a backward that needs them; RMSNorm has no mean.
+struct Norm {
+  Rows weight, bias;
+  double eps;
+  bool rms;
+  Rows mean, rstd;
+};
+
+// y = norm(hidden + residual + scale * up(act(down(x)))). `adapter` is the sum but for `hidden` (x itself in the sequential
+// form); either term may be absent, both have the dtype of y. `normal`, when present, receives the normalised rows, before
+// weight and bias.
+struct AdapterNormForward {
+  BottleneckForward adapter;
+  Rows hidden;
+  Norm norm;
+  Rows normal;
+};
+
+// The gradients of the above, of which the absent ones are not computed. `dsum` is that of the sum, and so of every term of it; adapter.add_g: x was a term, so dx includes it.
+struct AdapterNormBackward {
+  BottleneckBackward adapter;
+  Norm norm;
+  Rows normal;
+  Rows dsum, dweight, dbias;
+};
+
+// y = residual + scale * up(act(down(norm(x)))).
+struct NormAdapterForward {
+  BottleneckForward adapter;
+  Norm norm;
+};
+
+// The gradients of the above, of which the absent ones are not computed.
+struct NormAdapterBackward {
+  BottleneckBackward adapter;
+  Norm norm;
+  Rows dweight, dbias;
+};
+
 // One tensor of an optimizer's step: a matrix of which everything, some rows or some columns are updated in place.
 // rows x cols is what is updated; the states hold just that, contiguous, in the dtype of the parameter. Strides are in
 // elements. `channels` names the rows or columns; a state or step that the optimizer does not have is null.

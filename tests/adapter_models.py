@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from petl_kernels import bottleneck_adapter
+from petl_kernels import adapter_norm, bottleneck_adapter
 from petl_kernels.integrations import FuseReport, fuse
 from petl_kernels.ops._op import Op
 from petl_kernels.testing import Outcome
@@ -113,12 +113,15 @@ def count_op_calls(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
     """A list that from now on grows by the `impl` of every call of the op by a fused site."""
     calls: list[str | None] = []
 
-    def counted(*args, **kwargs):
-        calls.append(kwargs["impl"])
-        return bottleneck_adapter(*args, **kwargs)
+    def counting(op):
+        def counted(*args, **kwargs):
+            calls.append(kwargs["impl"])
+            return op(*args, **kwargs)
 
-    for module in ("bottleneck", "lora"):
-        monkeypatch.setattr(f"petl_kernels.integrations.adapters.{module}.bottleneck_adapter", counted)
+        return counted
+
+    for module, op in (("bottleneck", bottleneck_adapter), ("lora", bottleneck_adapter), ("bottleneck", adapter_norm)):
+        monkeypatch.setattr(f"petl_kernels.integrations.adapters.{module}.{op.__name__}", counting(op))
     return calls
 
 

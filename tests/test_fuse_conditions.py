@@ -29,6 +29,7 @@ from adapters.methods.modeling import Adapter
 from torch import nn
 
 from petl_kernels.integrations import fuse
+from petl_kernels.integrations.adapters import bottleneck as integration
 from petl_kernels.testing import judge
 
 
@@ -63,6 +64,23 @@ def test_every_configuration_of_a_site(parallel, scaling, op_calls):
             assert len(op_calls) == 1, options
             agreed += 1
     assert agreed == (192 if parallel else 144)
+
+
+def test_the_norm_is_absorbed_where_one_call_is_the_faster_one(monkeypatch):
+    """Or where an implementation was asked for; never across a hook on the norm, which expects to be called."""
+    used = []
+    for name in ("adapter_norm", "bottleneck_adapter"):
+        op = getattr(integration, name)
+        monkeypatch.setattr(integration, name, lambda *a, op=op, **k: used.append(op.__name__) or op(*a, **k))
+    site, norm = make_site(bn_config(original_ln_before=False))
+    for impl, least, hooked in ((None, 1 << 20, False), (None, 1, False), ("cpp", 1 << 20, False), ("cpp", 1, True)):
+        monkeypatch.setattr(integration, "_WORTHWHILE", least)
+        fuse(site, impl=impl)
+        hook = norm.register_forward_hook(lambda *_: None) if hooked else None
+        run_site(site, norm)
+        if hook:
+            hook.remove()
+    assert used == ["bottleneck_adapter", "adapter_norm", "adapter_norm", "bottleneck_adapter"]
 
 
 _NONLINEARITIES = [

@@ -133,15 +133,19 @@ def test_a_kernel_that_returns_zeros_fails(case, impl, entry, through, monkeypat
     fn = case.fn if through == "eager" else compiled(case.fn)
     returns = direction.overload._schema.returns
     for index, returned in enumerate(returns):
+        empty = []
 
-        def zeros(*args: Any, index: int = index) -> Any:
+        def zeros(*args: Any, index: int = index, empty: list[bool] = empty) -> Any:
             results = real(*args)
+            empty.append(len(returns) > 1 and results[index].numel() == 0)
             if len(returns) == 1:
                 return torch.zeros_like(results)
             return tuple(torch.zeros_like(t) if i == index else t for i, t in enumerate(results))
 
         monkeypatch.setitem(direction._callables, impl, zeros)
         failures = check(case, call, fn, impl=impl)
+        if all(empty):
+            continue  # this implementation does not make it
         # What a forward returns besides its result is for the backward, and any gradient may show that it is wrong.
         wrong = f"{returned.name}:" if entry == "backward" else "" if index else "output:"
         assert any(f.startswith(wrong) for f in failures), (returned.name, failures)

@@ -10,6 +10,8 @@
 #define PETL_KERNELS(_) \
   _(adapter_bank_forward, AdapterBankForward) \
   _(adapter_bank_backward, AdapterBankBackward) \
+  _(adapter_norm_forward, AdapterNormForward) \
+  _(adapter_norm_backward, AdapterNormBackward) \
   _(bottleneck_forward, BottleneckForward) \
   _(bottleneck_backward, BottleneckBackward) \
   _(channel_adamw, ChannelStep<AdamWOptions>) \
@@ -21,7 +23,9 @@
   _(channel_scale_backward, ChannelScaleBackward) \
   _(channel_sgd, ChannelStep<SGDOptions>) \
   _(layer_norm_forward, LayerNormForward) \
-  _(layer_norm_backward, LayerNormBackward)
+  _(layer_norm_backward, LayerNormBackward) \
+  _(norm_adapter_forward, NormAdapterForward) \
+  _(norm_adapter_backward, NormAdapterBackward)
 
 namespace petl {
 

@@ -1,9 +1,7 @@
 // Layer normalisation: a row is read from memory once and stays in L1 for its statistics and for what follows from them.
 #include <omp.h>
 
-#include <cmath>
-
-#include "columns.h"
+#include "norm.h"
 #include "pages.h"
 
 namespace petl::PETL_ISA {
@@ -12,71 +10,26 @@ namespace {
 // Rows added up in float32. 8 took a fifth longer in the L3 cache.
 constexpr int64_t kSumRows = 64;
 
-template <typename C, typename Count>
-PETL_INLINE Vec<C> zero_rest(Vec<C> v, Count lanes) {
-  if constexpr (kWhole<C, Count>) return v;
-  C buffer[kLanes<C>];
-  std::memcpy(buffer, &v, sizeof(v));
-  return load_first<C, C>(buffer, lanes);
-}
-
-// Calls f(column, lanes, sums) for each vector of a row and leaves in `totals` what f added to its kSums sums, which
-// are kept in four chains: one would wait for each addition.
-template <typename C, int kSums, typename F>
-PETL_INLINE void sum_columns(int64_t d, C* totals, F f) {
-  Vec<C> sums[4][kSums] = {};
-  int64_t c = 0;
-  for (; c + 4 * kLanes<C> <= d; c += 4 * kLanes<C>) {
-    f(c, All<C>{}, sums[0]);
-    f(c + kLanes<C>, All<C>{}, sums[1]);
-    f(c + 2 * kLanes<C>, All<C>{}, sums[2]);
-    f(c + 3 * kLanes<C>, All<C>{}, sums[3]);
-  }
-  for (; c + kLanes<C> <= d; c += kLanes<C>) f(c, All<C>{}, sums[0]);
-  if (c < d) f(c, d - c, sums[1]);
-  for (int k = 0; k < kSums; ++k) {
-    totals[k] = sum_lanes<C>((sums[0][k] + sums[1][k]) + (sums[2][k] + sums[3][k]));
-  }
-}
-
-// A parameter in the type we compute in, padded to whole vectors; an absent one has one value throughout.
-template <typename C>
-void fill_parameter(const Rows& parameter, int64_t d, C absent, C* values) {
-  for (int64_t c = 0; c < round_up(d, kLanes<C>); ++c) values[c] = absent;
-  if (parameter) widen(parameter, 0, 1, d, values, d);
-}
-
 template <typename C, typename X>
 void forward_row(const LayerNormForward& f, int64_t row, const C* weight, const C* bias, C* widened) {
   const X* x = static_cast<const X*>(f.x.data) + row * f.x.stride;
   X* y = static_cast<X*>(f.y.data) + row * f.y.stride;
-  const C size = static_cast<C>(f.d);
   const C* values = widened;
   if constexpr (std::is_same_v<X, C>) values = x;
-  C sum, rest[2];
+  C sum;
   sum_columns<C, 1>(f.d, &sum, [&](int64_t c, auto lanes, Vec<C>* sums) {
     prefetch_ahead(x + c);
     const Vec<C> v = load<C>(x + c, lanes);
     if constexpr (!std::is_same_v<X, C>) Storage<C, C>::store(widened + c, v);
     sums[0] += v;
   });
-  // Two passes, the second in L1. It also finds what `mean` lacks, rounded as it is: where |mean| is far above sigma that
-  // would be the largest error.
-  const C mean = sum / size;
-  sum_columns<C, 2>(f.d, rest, [&](int64_t c, auto lanes, Vec<C>* sums) {
-    const Vec<C> v = zero_rest<C>(load<C>(values + c, lanes) - mean, lanes);
-    sums[0] += v;
-    sums[1] += v * v;
-  });
-  const C missing = rest[0] / size, variance = rest[1] / size - missing * missing;
-  const C rstd = C(1) / std::sqrt((variance < 0 ? C(0) : variance) + static_cast<C>(f.eps));
-  const C shift = -missing * rstd;
+  const Normal<C> normal = statistics_about(sum / static_cast<C>(f.d), values, f.d, f.eps, false);
   for_columns<C>(f.d, [&](int64_t c, auto lanes) {
-    const Vec<C> normal = (load<C>(values + c, lanes) - mean) * rstd + shift;
-    store<C>(y + c, normal * load_raw<Vec<C>>(weight + c) + load_raw<Vec<C>>(bias + c), lanes);
+    const Vec<C> v = normal(load<C>(values + c, lanes));
+    store<C>(y + c, v * load_raw<Vec<C>>(weight + c) + load_raw<Vec<C>>(bias + c), lanes);
   });
-  if (f.mean) static_cast<C*>(f.mean.data)[row] = mean + missing;
-  if (f.rstd) static_cast<C*>(f.rstd.data)[row] = rstd;
+  if (f.mean) static_cast<C*>(f.mean.data)[row] = normal.mean + normal.missing;
+  if (f.rstd) static_cast<C*>(f.rstd.data)[row] = normal.rstd;
 }
 
 template <typename C, typename X>

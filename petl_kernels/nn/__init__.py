@@ -1,6 +1,7 @@
 """Methods of parameter-efficient transfer learning as modules composed of this package's operators."""
 
 from petl_kernels.nn.adapter_bank import AdapterBank
+from petl_kernels.nn.adapter_norm import AdapterNorm, NormAdapter
 from petl_kernels.nn.adapter_plus import AdapterPlus
 from petl_kernels.nn.bottleneck_adapter import BottleneckAdapter
 from petl_kernels.nn.channel_adapter import ChannelAdapter
@@ -20,6 +21,7 @@ __all__ = [
     "MAM",
     "AdaptFormer",
     "AdapterBank",
+    "AdapterNorm",
     "AdapterPlus",
     "BottleneckAdapter",
     "ChannelAdapter",
@@ -33,6 +35,7 @@ __all__ = [
     "LoRAMultiheadAttention",
     "LowRankPAL",
     "MultiHeadParallelAdapter",
+    "NormAdapter",
     "ParallelAdapter",
     "PfeifferAdapter",
     "PrefixAdapter",

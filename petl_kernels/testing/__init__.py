@@ -6,12 +6,14 @@ A case names a public op, the calls to test it with and the shapes to time it at
 
 from petl_kernels.testing import (
     adapter_bank,
+    adapter_norm,
     bottleneck_adapter,
     channel_adapter,
     channel_importance,
     channel_linear,
     channel_scale,
     layer_norm,
+    norm_adapter,
 )
 from petl_kernels.testing._case import Case, Inputs, Outcome, arguments, check, in_float64, judge, lay_out, run
 
@@ -23,6 +25,8 @@ CASES = [
     channel_linear.CASE,
     channel_scale.CASE,
     layer_norm.CASE,
+    adapter_norm.CASE,
+    norm_adapter.CASE,
 ]
 
 __all__ = ["CASES", "Case", "Inputs", "Outcome", "arguments", "check", "in_float64", "judge", "lay_out", "run"]

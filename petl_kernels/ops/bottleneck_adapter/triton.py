@@ -223,6 +223,7 @@ def backward(
             b_up,
             scale,
             gate,
+            *(None,) * 5,  # no norm
             dx if needs[0] else None,
             *targets,
             n,

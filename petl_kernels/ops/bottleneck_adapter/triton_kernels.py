@@ -32,7 +32,8 @@ def _store(ptr, value, rows, stride_row, n_rows, cols, stride_col, n_cols):
 
 
 @triton.jit
-def _load_gate(ptr, rows, n):
+def _load_of_rows(ptr, rows, n):
+    """One number of each row, in float32."""
     return tl.load(ptr + rows, mask=rows < n, other=0.0).to(tl.float32)
 
 
@@ -132,7 +133,7 @@ def _bottleneck_adapter_fwd_kernel(
         h = tl.where(kept, h * tl.cast(factor, tl.float32), 0.0)
     gate = None
     if gate_ptr is not None:
-        gate = _load_gate(gate_ptr, rows, n)
+        gate = _load_of_rows(gate_ptr, rows, n)
         h *= gate[:, None]
     # Padding ranks must be zero: an infinite x times their zero weights is NaN, and would stay one in the sum.
     h = tl.where(ranks[None, :] < R, h, 0.0).to(dtype)
@@ -218,7 +219,7 @@ def _bottleneck_adapter_bwd_dz_kernel(
         own = tl.sum(tl.where(ranks[None, :] < R, activate(z, ACTIVATION) * dh, 0.0), 1)
         tl.store(dgate_ptr + rows, own + s * dgate, mask=rows < n)
     if gate_ptr is not None:
-        gate = _load_gate(gate_ptr, rows, n)[:, None]
+        gate = _load_of_rows(gate_ptr, rows, n)[:, None]
         dh *= gate
     if h_ptr is not None:
         h = activate(z, ACTIVATION)
@@ -243,6 +244,11 @@ def _bottleneck_adapter_bwd_slab_kernel(
     b_up_ptr,
     scale_ptr,
     gate_ptr,
+    mean_ptr,
+    rstd_ptr,
+    offset_ptr,
+    slope_ptr,
+    ln_weight_ptr,
     dx_ptr,
     dw_down_ptr,
     db_down_ptr,
@@ -270,6 +276,9 @@ def _bottleneck_adapter_bwd_slab_kernel(
     the sum over all ranks, is left to chunk 0). A gradient's pointer is None when not asked for. The shares of group
     p are written at p times the gradient's size: into workspace, or, of a single group, into the gradients themselves.
     h is act(z); dropout and gate are in it already where there are any, and z is then h.
+
+    With rstd the branch read norm(x) (`norm_adapter`): x stands for xh = (x - mean) rstd here, also in dw_down, and
+    dx = rstd (dz w_down ln_weight - offset - xh slope), where offset, like mean, is absent of RMSNorm.
     """
     cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     group = tl.program_id(1)
@@ -280,6 +289,7 @@ def _bottleneck_adapter_bwd_slab_kernel(
     WANT_UP: tl.constexpr = dw_up_ptr is not None or dscale_ptr is not None
     WANT_DB_UP: tl.constexpr = db_up_ptr is not None or (dscale_ptr is not None and b_up_ptr is not None)
     WANT_DZ: tl.constexpr = dx_ptr is not None or dw_down_ptr is not None or db_down_ptr is not None
+    WANT_X: tl.constexpr = dw_down_ptr is not None or (dx_ptr is not None and rstd_ptr is not None)
     WANT_G: tl.constexpr = WANT_UP or WANT_DB_UP or (ADD_G and dx_ptr is not None)
 
     dw_down = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
@@ -303,13 +313,21 @@ def _bottleneck_adapter_bwd_slab_kernel(
             if gate_ptr is None:
                 db_up += tl.sum(g.to(tl.float32), 0)
             else:
-                db_up += tl.sum(g.to(tl.float32) * _load_gate(gate_ptr, rows, n)[:, None], 0)
+                db_up += tl.sum(g.to(tl.float32) * _load_of_rows(gate_ptr, rows, n)[:, None], 0)
         if WANT_DZ:
             dz = _load(dz_ptr, rows, R, n, ranks, 1, R)
         if db_down_ptr is not None:
             db_down += tl.sum(dz.to(tl.float32), 0)
-        if dw_down_ptr is not None:
+        if WANT_X:
             x = _load(x_ptr, rows, stride_xm, n, cols, 1, D_IN)
+            if rstd_ptr is not None:
+                normal = x.to(tl.float32)
+                if mean_ptr is not None:
+                    normal -= _load_of_rows(mean_ptr, rows, n)[:, None]
+                rstd = _load_of_rows(rstd_ptr, rows, n)[:, None]
+                normal = tl.where(cols[None, :] < D_IN, normal * rstd, 0.0)
+                x = normal.to(x.dtype)
+        if dw_down_ptr is not None:
             dw_down = tl.dot(tl.trans(dz), x, dw_down, input_precision=PRECISION)
         if dx_ptr is not None and chunk == 0:
             if CHUNKS == 1:
@@ -321,6 +339,13 @@ def _bottleneck_adapter_bwd_slab_kernel(
                     dz_k = _load(dz_ptr, rows, R, n, every, 1, R)
                     w_k = _load(w_down_ptr, every, D_IN, R, cols, 1, D_IN).to(dz_k.dtype)
                     dx = tl.dot(dz_k, w_k, dx, input_precision=PRECISION)
+            if rstd_ptr is not None:
+                if ln_weight_ptr is not None:
+                    weight = tl.load(ln_weight_ptr + cols, mask=cols < D_IN, other=0.0)
+                    dx *= weight.to(tl.float32)[None, :]
+                if offset_ptr is not None:
+                    dx -= _load_of_rows(offset_ptr, rows, n)[:, None]
+                dx = (dx - normal * _load_of_rows(slope_ptr, rows, n)[:, None]) * rstd
             if ADD_G:
                 dx += g.to(tl.float32)
             _store(dx_ptr, dx, rows, D_IN, n, cols, 1, D_IN)
