@@ -44,7 +44,7 @@ _FLAGS = ("original_ln_before", "original_ln_after", "ln_before", "ln_after", "a
 
 @pytest.mark.parametrize("scaling", [1.0, 4.0, "learned", "channel"])
 @pytest.mark.parametrize("parallel", [False, True])
-def test_every_configuration_of_a_site(parallel, scaling, op_calls):
+def test_every_configuration_of_a_site(parallel, scaling, op_calls, monkeypatch):
     agreed = 0
     for *flags, residual in itertools.product(*[(True, False)] * len(_FLAGS), (True, False, "post_add")):
         options = dict(zip(_FLAGS, flags), residual_before_ln=residual, is_parallel=parallel, scaling=scaling)
@@ -59,9 +59,11 @@ def test_every_configuration_of_a_site(parallel, scaling, op_calls):
                     run_site(site, norm, (torch.float64,) * 2)
                 continue
             fuse(site)
-            op_calls.clear()
-            assert_same(run_site(site, norm, (torch.float64,) * 2), theirs, 1e-11)
-            assert len(op_calls) == 1, options
+            for least in (0, 1 << 20):  # the norm absorbed where it can be, and behind the adapter
+                monkeypatch.setattr(integration, "_WORTHWHILE", least)
+                op_calls.clear()
+                assert_same(run_site(site, norm, (torch.float64,) * 2), theirs, 1e-11)
+                assert len(op_calls) == 1, options
             agreed += 1
     assert agreed == (192 if parallel else 144)
 

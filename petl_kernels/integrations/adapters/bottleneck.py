@@ -141,10 +141,10 @@ def _absorbs_norm(adapter: Any, x: Tensor, added: Tensor, r: Tensor | None, norm
     """Whether LN(added + core(x) + r), the end of a site, is one call of `adapter_norm`."""
     if not adapter.original_ln_after or r is None or type(norm) is not nn.LayerNorm or observed(norm):
         return False
-    if adapter.add_layer_norm_before or adapter.add_layer_norm_after or len(norm.normalized_shape) != 1:
+    if adapter.add_layer_norm_before or adapter.add_layer_norm_after or adapter.use_gating:
         return False
-    weight, bias = norm.weight, norm.bias
-    tensors = [x, added, r, *(t for t in (weight, bias, adapter.scaling) if isinstance(t, Tensor))]
+    if len(norm.normalized_shape) != 1:
+        return False
     parts = adapter._modules
     down, up = parts["adapter_down"]._modules["0"], parts["adapter_up"]
     requested = ADAPTER_NORM.requested(impl)
@@ -153,9 +153,10 @@ def _absorbs_norm(adapter: Any, x: Tensor, added: Tensor, r: Tensor | None, norm
         return False
     if requested and ADAPTER_NORM.unsupported(requested, x, r, added, down.weight, down.bias, up.weight):
         return False  # too wide a row, and the adapter by itself may still be within what was asked for
-    tensors.append(up.weight)
+    tensors = [x, added, r, up.weight, norm.weight, norm.bias, adapter.scaling]
     # Under autocast the library's sum has dtypes that depend on the scaling; that is left to the two-step form.
-    return len({t.dtype for t in tensors}) == 1 and not autocast_enabled(x) and added.shape == r.shape == x.shape
+    dtypes = {t.dtype for t in tensors if isinstance(t, Tensor)}
+    return len(dtypes) == 1 and not autocast_enabled(x) and added.shape == r.shape == x.shape
 
 
 def _whole_site(adapter: Any, x: Tensor, added: Tensor, r: Tensor, norm: nn.LayerNorm, impl: str | None) -> Tensor:

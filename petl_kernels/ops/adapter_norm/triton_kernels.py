@@ -259,6 +259,7 @@ def _adapter_norm_bwd_row_kernel(
         mean = tl.load(mean_ptr + rows, mask=rows < n, other=0.0)[:, None]
 
     normals = ()
+    gs = ()
     offset = tl.zeros((BLOCK_M,), tl.float32)
     slope = tl.zeros((BLOCK_M,), tl.float32)
     dh = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
@@ -273,13 +274,12 @@ def _adapter_norm_bwd_row_kernel(
             offset += more_offset
             slope += more_slope
             normals = normals + (normal,)  # noqa: RUF005
+            gs = gs + (g,)  # noqa: RUF005
         if RMS:
             offset = tl.zeros((BLOCK_M,), tl.float32)
         for i in tl.static_range(SLABS):
             out = cols + i * BLOCK_D
-            # g a second time, from the L2 cache: held beside xh it spilled 32 bytes at d = 768.
-            g = _load(g_ptr, rows, stride_gm, n, out, 1, D)
-            gw = g.to(tl.float32) * parameter(ln_weight_ptr, out, D, 1.0)
+            gw = gs[i].to(tl.float32) * parameter(ln_weight_ptr, out, D, 1.0)
             du = (gw - offset[:, None] - normals[i] * slope[:, None]) * rstd
             if du_ptr is not None:
                 _store(du_ptr, du, rows, D, n, out, 1, D)

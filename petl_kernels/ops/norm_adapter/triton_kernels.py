@@ -179,6 +179,8 @@ def _norm_adapter_bwd_row_kernel(
     _store(dz_ptr, dz, rows, R, n, ranks, 1, R)
     if slope_ptr is not None:
         dz = dz.to(tl.float32)
+        if ACTIVATION == "softmax":  # saved is the value; dz sums to zero, so that a constant beside z does not matter
+            z = tl.log(tl.where(z > 0, z, 1.0))
         ones = tl.zeros((BLOCK_R,), tl.float32)
         c = tl.zeros((BLOCK_R,), tl.float32)
         for start in range(0, D_IN, BLOCK_D):
