@@ -82,12 +82,9 @@ def test_rows_far_from_zero(case, impl, dtype):
         pytest.importorskip("triton")
     mean = 1e4 if dtype == torch.float32 else 100.0
     far = "x_mean" if case.name == "norm_adapter" else "residual_mean"
-    for seed, sample in enumerate(
-        (dict(n=40, d=768, r=16), dict(n=40, d=96, r=4), dict(n=24, d=1000, r=8, norm="rms"))
-    ):
-        for sign in (1, -1):
-            call = case.inputs({**sample, far: sign * mean}, dtype, seed=seed)
-            assert check(case, call, impl=impl) == []
+    for seed, sample in enumerate((dict(d=768, r=16), dict(d=96, r=4), dict(d=1000, r=8, norm="rms"))):
+        call = case.inputs({"n": 16, **sample, far: (-1) ** seed * mean}, dtype, seed=seed)
+        assert check(case, call, impl=impl) == []
 
 
 def test_parallel_is_the_sequential_form_with_its_terms_exchanged():

@@ -61,7 +61,7 @@ def test_one_call_of_the_op_computes_adapter_and_norm(layer, options, with_resid
 
 
 @pytest.mark.parametrize("layer", [nn.AdapterNorm, nn.NormAdapter])
-def test_dropout_runs_in_pytorchs_operators_while_it_is_at_work(layer):
+def test_dropout_leaves_the_norm_to_itself_while_it_is_at_work(layer):
     module = build(layer, dropout=0.5)
     x = torch.randn(4, D)
     torch.manual_seed(1)

@@ -64,7 +64,7 @@ class AdapterNorm(_WithNorm):
         norm: "layer", "rms", or the model's own `nn.LayerNorm` or `nn.RMSNorm` of d channels, which is then shared.
         eps: of a norm that is made here.
         options: what else `BottleneckAdapter` takes but `form`, which makes no difference here. While dropout is at
-            work the adapter runs in PyTorch's operators and the norm is called.
+            work the adapter is a call of `bottleneck_adapter`, and the norm one of its own.
 
     Shapes: x, residual [..., d] -> [..., d]; beside the adapter's parameters norm.weight [d] and norm.bias [d].
 
@@ -90,8 +90,8 @@ class NormAdapter(_WithNorm):
         d_model, bottleneck: widths d and r.
         norm: "layer", "rms", or the model's own `nn.LayerNorm` or `nn.RMSNorm` of d channels, which is then shared.
         eps: of a norm that is made here.
-        options: what else `BottleneckAdapter` takes. While dropout is at work the adapter runs in PyTorch's operators
-            on what the norm gives.
+        options: what else `BottleneckAdapter` takes. While dropout is at work the adapter is a call of
+            `bottleneck_adapter` on what the norm gives.
 
     Shapes: x, residual [..., d] -> [..., d]; beside the adapter's parameters norm.weight [d] and norm.bias [d].
 

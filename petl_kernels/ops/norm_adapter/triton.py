@@ -26,10 +26,13 @@ _SUM_BLOCK = 512
 
 
 def _settings(d: int, r: int, itemsize: int, device: Device) -> dict[str, int]:
-    """Tiles of the forward: sixteen rows, of which 16-bit ones of up to 2048 columns stay in registers."""
+    """Tiles of the forward: sixteen rows, of which 16-bit ones of up to 1024 columns stay in registers.
+
+    The bounds are where the kernels, compiled for sm_90 and gfx942, begin to spill.
+    """
     half, nvidia = itemsize == 2, device.warp_size == 32
     block_r = max(64 if half else 16, block(_MAX_RANK, r))
-    held = half and d <= (2048 if nvidia else 1024)
+    held = half and d <= 1024
     width = block(128 if held else 64 if half else max(32, min(64, 2048 // block_r)), d)
     return dict(
         SLABS=triton.cdiv(d, width) if held else 0,
@@ -37,8 +40,16 @@ def _settings(d: int, r: int, itemsize: int, device: Device) -> dict[str, int]:
         BLOCK_D=width,
         BLOCK_R=block_r,
         num_warps=warps(8, device),
-        num_stages=2 if nvidia else 1,
+        num_stages=2 if half and nvidia else 1,
     )
+
+
+def _slab_settings(d: int, r: int, itemsize: int, device: Device) -> dict[str, int]:
+    """The bottleneck's; half as wide where what the norm takes more of spills."""
+    settings = bottleneck._slab_settings(d, r, itemsize, device)
+    if (itemsize == 4 or r > 64) and settings["BLOCK_D"] > 32:
+        settings["BLOCK_D"] //= 2
+    return settings
 
 
 def unsupported(x: Tensor, ln_weight: Tensor | None, ln_bias: Tensor | None, w_down: Tensor, *_: Any) -> str | None:
@@ -148,7 +159,7 @@ def backward(
     # The sum over rows of dz xh and of dz, from which the norm's gradients follow too.
     of_m, of_s = of_weight or of_down, of_bias or of_down or of_b_down
     x, stride_xm = rows(x) if x is not None and (of_dx or of_m) else (None, 0)
-    by_slabs = bottleneck._slab_settings(d, r, itemsize, device)
+    by_slabs = _slab_settings(d, r, itemsize, device)
     chunks = triton.cdiv(r, by_slabs["BLOCK_R"])
     shared = (of_m, of_s, of_up, of_b_up, of_scale)
     groups = bottleneck._row_groups(n, d, r, any(shared), device, by_slabs)
