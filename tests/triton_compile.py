@@ -3,14 +3,15 @@
     python tests/triton_compile.py bottleneck_adapter cuda 90
 
 A process of its own, because Triton compiles nothing in a process that interprets. `triton_calls/<op>.py` names the
-calls, whose real entry points choose the settings and specialise the arguments, on tensors whose memory is never
-touched; launches become compilations.
+calls and, but for a last argument "some", `others` that take long to compile. Their real entry points choose the
+settings and specialise the arguments, on tensors whose memory is never touched; launches become compilations.
 One JSON line per distinct kernel: name, settings, registers, spilled bytes, shared memory.
 """
 
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import re
@@ -62,7 +63,7 @@ def resources(kernel: Any) -> dict[str, int]:
     return dict(registers=registers, spilled=spilled, shared=kernel.metadata.shared)
 
 
-def main(op: str, backend: str, arch: str) -> None:
+def main(op: str, backend: str, arch: str, which: str = "every") -> None:
     target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, 64 if backend == "hip" else 32)
     triton.runtime.driver.set_active(CompileOnly(target))
     _triton.device_of = lambda device: _triton.Device(132, target.warp_size)
@@ -84,7 +85,9 @@ def main(op: str, backend: str, arch: str) -> None:
             )
 
     triton.JITFunction.run = compile_once
-    for precision in importlib.import_module(f"triton_calls.{op}").calls():
+    module = importlib.import_module(f"triton_calls.{op}")
+    others = getattr(module, "others", tuple) if which == "every" else tuple
+    for precision in itertools.chain(module.calls(), others()):
         _triton.precision = lambda precision=precision: precision
 
 

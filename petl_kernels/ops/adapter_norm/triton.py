@@ -35,7 +35,9 @@ def _settings(d: int, r: int, itemsize: int, backward: bool, device: Device) -> 
     half, nvidia = itemsize == 2, device.warp_size == 32
     block_r = max(64 if half else 16, block(_MAX_RANK, r))
     held = half and d <= (1024 if not backward else 768 if nvidia else 512)
-    wide = held and (d > 768 or backward) and block_r <= 64  # fewer slabs to unroll, and on sm_100 no spill
+    wide = (
+        held and (d > 768 or (backward and nvidia)) and block_r <= 64
+    )  # fewer slabs to unroll, and on sm_100 no spill
     width = block(128 if wide else 64 if half else max(32, min(64, 2048 // block_r)), d)
     return dict(
         SLABS=triton.cdiv(d, width) if held else 0,
@@ -202,6 +204,8 @@ def backward(
             alpha,
             D=d,
             RMS=norm == "rms",
+            # g beside the rows it belongs to; where weights are float32 their tiles leave no room (16 bytes spilled).
+            HOLD_G=w_up.dtype == z.dtype,
             **common,
             **settings,
         )

@@ -236,6 +236,7 @@ def _adapter_norm_bwd_row_kernel(
     PRECISION: tl.constexpr,
     SLABS: tl.constexpr,
     HELD: tl.constexpr,
+    HOLD_G: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -274,12 +275,14 @@ def _adapter_norm_bwd_row_kernel(
             offset += more_offset
             slope += more_slope
             normals = normals + (normal,)  # noqa: RUF005
-            gs = gs + (g,)  # noqa: RUF005
+            if HOLD_G:
+                gs = gs + (g,)  # noqa: RUF005
         if RMS:
             offset = tl.zeros((BLOCK_M,), tl.float32)
         for i in tl.static_range(SLABS):
             out = cols + i * BLOCK_D
-            gw = gs[i].to(tl.float32) * parameter(ln_weight_ptr, out, D, 1.0)
+            g = gs[i] if HOLD_G else _load(g_ptr, rows, stride_gm, n, out, 1, D)
+            gw = g.to(tl.float32) * parameter(ln_weight_ptr, out, D, 1.0)
             du = (gw - offset[:, None] - normals[i] * slope[:, None]) * rstd
             if du_ptr is not None:
                 _store(du_ptr, du, rows, D, n, out, 1, D)

@@ -33,14 +33,14 @@ def _settings(d: int, r: int, itemsize: int, device: Device) -> dict[str, int]:
     half, nvidia = itemsize == 2, device.warp_size == 32
     block_r = max(64 if half else 16, block(_MAX_RANK, r))
     held = half and d <= 1024
-    width = block(128 if held else 64 if half else max(32, min(64, 2048 // block_r)), d)
+    width = block(128 if held else 64 if half else max(16, min(64, 2048 // block_r)), d)
     return dict(
         SLABS=triton.cdiv(d, width) if held else 0,
         BLOCK_M=16,
         BLOCK_D=width,
         BLOCK_R=block_r,
         num_warps=warps(8, device),
-        num_stages=2 if half and nvidia else 1,
+        num_stages=2 if nvidia else 1,
     )
 
 
