@@ -15,7 +15,19 @@ from petl_kernels.testing import (
     layer_norm,
     norm_adapter,
 )
-from petl_kernels.testing._case import Case, Inputs, Outcome, arguments, check, in_float64, judge, lay_out, run
+from petl_kernels.testing._case import (
+    Case,
+    Error,
+    Inputs,
+    Outcome,
+    arguments,
+    check,
+    errors,
+    in_float64,
+    judge,
+    lay_out,
+    run,
+)
 
 CASES = [
     bottleneck_adapter.CASE,
@@ -29,4 +41,17 @@ CASES = [
     norm_adapter.CASE,
 ]
 
-__all__ = ["CASES", "Case", "Inputs", "Outcome", "arguments", "check", "in_float64", "judge", "lay_out", "run"]
+__all__ = [
+    "CASES",
+    "Case",
+    "Error",
+    "Inputs",
+    "Outcome",
+    "arguments",
+    "check",
+    "errors",
+    "in_float64",
+    "judge",
+    "lay_out",
+    "run",
+]

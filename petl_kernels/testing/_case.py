@@ -112,30 +112,52 @@ def in_float64(inputs: Inputs) -> Inputs:
     return {name: convert(value) for name, value in inputs.items()}
 
 
+@dataclass(frozen=True)
+class Error:
+    """The largest absolute differences of one tensor from float64 on the rounded inputs: the kernel's and eager's.
+
+    `floor` is one unit in the last place of the largest exact element, in the coarser of the tensor's dtype and the
+    output's; 64 in float64, where eager is the oracle itself and only the order of summation differs.
+    """
+
+    name: str
+    ours: float
+    eager: float
+    floor: float
+    largest: float
+
+    @property
+    def bound(self) -> float:
+        """What the kernel's error may be."""
+        return 2 * self.eager + self.floor
+
+
+def errors(ours: Outcome, eager: Outcome, exact: Outcome) -> list[Error]:
+    """The error of every tensor that has elements."""
+    found = []
+    coarsest = torch.finfo(eager.output.dtype).eps
+    for (name, got), (_, same_dtype), (_, true) in zip(ours.items(), eager.items(), exact.items(), strict=True):
+        if true.numel():
+            largest, ulps = true.abs().max().item(), 64 if got.dtype == torch.float64 else 1
+            floor = ulps * max(torch.finfo(got.dtype).eps, coarsest) * largest
+            found.append(Error(name, _error(got, true), _error(same_dtype, true), floor, largest))
+    return found
+
+
 def judge(ours: Outcome, eager: Outcome, exact: Outcome) -> list[str]:
     """The failures of `ours`: every tensor whose error exceeds twice that of eager PyTorch plus a rounding floor.
 
-    Errors are the largest absolute differences from `exact` (float64, on the rounded inputs); the floor is one unit
-    in the last place of the largest exact element, in the dtype of the result, and 64 in float64, where eager is the
-    oracle itself and only the order of summation differs. A result of zeros cannot pass, because a bound at or above
-    the largest exact element is itself a failure.
+    A result of zeros cannot pass, because a bound at or above the largest exact element is itself a failure.
     """
     failures = []
-    floor = torch.finfo(eager.output.dtype).eps
     for (name, got), (_, same_dtype), (_, true) in zip(ours.items(), eager.items(), exact.items(), strict=True):
         if got.shape != true.shape or got.dtype != same_dtype.dtype:
             failures.append(f"{name}: got {got.dtype}{list(got.shape)}, wanted {same_dtype.dtype}{list(true.shape)}")
-            continue
-        if true.numel() == 0:
-            continue
-        largest = true.abs().max().item()
-        ulps = 64 if got.dtype == torch.float64 else 1
-        bound = 2 * _error(same_dtype, true) + ulps * max(torch.finfo(got.dtype).eps, floor) * largest
-        error = _error(got, true)
-        if not error <= bound:
-            failures.append(f"{name}: error {error:.3g} exceeds {bound:.3g} (largest element {largest:.3g})")
-        elif largest > 0 and bound >= largest:
-            failures.append(f"{name}: vacuous, the bound {bound:.3g} would pass zeros (largest {largest:.3g})")
+    for e in errors(ours, eager, exact) if not failures else ():
+        if not e.ours <= e.bound:
+            failures.append(f"{e.name}: error {e.ours:.3g} exceeds {e.bound:.3g} (largest element {e.largest:.3g})")
+        elif e.largest > 0 and e.bound >= e.largest:
+            failures.append(f"{e.name}: vacuous, the bound {e.bound:.3g} would pass zeros (largest {e.largest:.3g})")
     return failures
 
 
