@@ -1,8 +1,8 @@
-"""How accurate kernels are beside eager PyTorch, over many draws: `python benchmarks/accuracy.py --op bottleneck_adapter`.
+"""The accuracy of kernels beside that of eager PyTorch: `python benchmarks/accuracy.py --op bottleneck_adapter`.
 
-Every call of `petl_kernels.testing.CASES`, with inputs from `--seeds` seeds, against float64 on the rounded inputs. A row
-is a tensor of a call in one dtype; the worst come first. Errors are in units of the rule's floor (one unit in the last
-place of the largest element), averaged over the seeds:
+Every call of `petl_kernels.testing.CASES`, with inputs from many seeds, against float64 on the rounded inputs. A row is
+a tensor of a call in one dtype; the worst come first. Errors are means over the seeds, in units of the rule's floor
+(one unit in the last place of the largest element):
 
 - ours / eager: the mean errors' ratio, half a unit added to both, which rounding the result costs anyone;
 - worst / bound: the largest error of a seed over what the tests' rule allows it, which fails above 1.
@@ -37,12 +37,16 @@ class Row:
     found: list[Error]
 
     @property
+    def unit(self) -> float:
+        return fmean(e.floor for e in self.found)
+
+    @property
     def ours(self) -> float:
-        return fmean(e.ours / e.floor for e in self.found)
+        return fmean(e.ours for e in self.found) / self.unit
 
     @property
     def eager(self) -> float:
-        return fmean(e.eager / e.floor for e in self.found)
+        return fmean(e.eager for e in self.found) / self.unit
 
     @property
     def ratio(self) -> float:

@@ -11,7 +11,7 @@ import torch
 from adapter_models import PRESETS, D, adapters, assert_same, build, randomize, run_model
 from adapters.composition import Stack
 from table import Recorder
-from whole_models import worse
+from whole_models import SEEDS, worse
 
 from petl_kernels.integrations import fuse, unfuse
 from petl_kernels.testing import Outcome
@@ -53,9 +53,9 @@ def _calls(model: torch.nn.Module) -> tuple[Any, dict[str, int]]:
 
 
 def _draws(model: torch.nn.Module, exact: bool = False) -> list[Outcome]:
-    """A run for each of three draws of the adapters' weights, in float64 where it is to be exact."""
+    """A run for each draw of the adapters' weights, in float64 where it is to be exact."""
     outcomes = []
-    for seed in (3, 4, 5):
+    for seed in SEEDS:
         randomize(model, seed)
         outcomes.append(run_model(copy.deepcopy(model).double() if exact else model))
     return outcomes
@@ -84,8 +84,6 @@ def test_presets(arch, preset):
 @pytest.mark.parametrize("preset", ["lora", "ia3", "unipelt"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, "autocast"])
 def test_dtypes(dtype, preset):
-    if (dtype, preset) == ("autocast", "unipelt"):
-        pytest.skip("the library's own gradients of these saturated gates are off by more than half")
     model = build("bert", _CONFIGS[preset]).to(torch.float32 if dtype == "autocast" else dtype).eval()
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
         theirs = _draws(model)

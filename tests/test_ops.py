@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from petl_kernels.testing import CASES, Case, Inputs, arguments, check, run
+from petl_kernels.testing import CASES, Case, Inputs, arguments, check, check_draws, run
 
 EVERY_IMPL = pytest.mark.parametrize("case, impl", case_impl())
 EVERY_KERNEL = pytest.mark.parametrize("case, impl", case_impl(kernels))
@@ -62,13 +63,13 @@ def of_first(case: Case, call: Inputs, **options: Any) -> Any:
 
 @pytest.mark.parametrize("case, sample, impl, dtype", table())
 def test_eager(case, sample, impl, dtype):
-    assert check(case, case.inputs(sample, dtype, device=device(impl)), impl=impl) == []
+    assert check_draws(case, partial(case.inputs, sample, dtype, None, device(impl)), impl=impl) == []
 
 
 @pytest.mark.parametrize("case, sample, impl, dtype", table(compiled=True))
 def test_compiled(case, sample, impl, dtype):
-    call = case.inputs(sample, dtype, device=device(impl))
-    assert check(case, call, compiled(case.fn, dynamic=False), impl=impl) == []
+    draw = partial(case.inputs, sample, dtype, None, device(impl))
+    assert check_draws(case, draw, compiled(case.fn, dynamic=False), impl=impl) == []
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
@@ -112,8 +113,9 @@ def random_calls(draw: Any) -> tuple[Case, dict[str, Any], torch.dtype, int]:
 def test_random_calls(drawn):
     case, sample, dtype, seed = drawn
     for impl in impls(case):
-        call = case.inputs(sample, dtype, device=device(impl), seed=seed)
-        failures = [f for f in check(case, call, impl=impl) if "vacuous" not in f]  # no matter of the kernel's
+        draw = partial(case.inputs, sample, dtype, None, device(impl))
+        found = check_draws(case, draw, impl=impl, first=seed)
+        failures = [f for f in found if "vacuous" not in f]  # no matter of the kernel's
         assert failures == [], (impl, sample)
 
 

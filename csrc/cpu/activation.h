@@ -51,20 +51,24 @@ PETL_INLINE Vec<double> exp(Vec<double> x) {
   return each(x, [](double v) { return std::exp(v); });
 }
 
-// erf: odd polynomial up to 1 (1.2e-7), 1 - exp(q(|x|)) beyond (6e-8), exactly 1 from 4 on.
-PETL_INLINE Vec<float> erf(Vec<float> x) {
-  const float inner[] = {1.128379166e+00f, -3.761262714e-01f, 1.128360018e-01f, -2.685444459e-02f,
-                         5.189535340e-03f, -8.020841283e-04f, 7.889119542e-05f};
-  const float outer[] = {1.880402166e-04f, -1.129578424e+00f, -6.332198932e-01f, -1.084185772e-01f,
-                         2.520825668e-02f, -4.204561855e-03f, 4.413363737e-04f,  -2.168684969e-05f};
-  Vec<float> size = magnitude(x);
-  size = size > 4.0f ? splat(4.0f) : size;
-  const Vec<float> near = x * polynomial<6>(x * x, inner);
-  const Vec<float> far = with_sign_of(1.0f - exp(polynomial<7>(size, outer)), x);
-  return size <= 1.0f ? near : far;  // NaN takes the second, whose polynomial keeps it
+// The normal distribution and what its density is made of: cdf = Phi(z), bell = exp(-z^2 / 2). Up to |z| = 1 the cdf is
+// 1/2 and an odd polynomial (1e-10); beyond, bell times a polynomial in (|z| - a) / (|z| + a), of a relative error of 8e-8,
+// so that what gelu leaves of a negative z is as accurate as that of a positive one, which 1 + erf is not.
+PETL_INLINE void normal(Vec<float> z, Vec<float>& cdf, Vec<float>& bell) {
+  const float inner[] = {3.989422787e-01f,  -6.649033234e-02f, 9.973170911e-03f,
+                         -1.185984639e-03f, 1.131435691e-04f,  -7.530271107e-06f};
+  const float outer[] = {1.413313238e-01f,  -2.280696464e-01f, 1.131365002e-01f, -2.455456788e-02f,
+                         -5.130710215e-03f, 3.007201383e-03f,  8.052409386e-04f, -5.238507684e-04f};
+  const float a = 2.5f;
+  const Vec<float> square = z * z, distance = magnitude(z), size = distance > 16.0f ? splat(16.0f) : distance;
+  bell = exp(-0.5f * square);
+  const Vec<float> tail = bell * polynomial<7>((size - a) / (size + a), outer);
+  const Vec<float> far = z < 0.0f ? tail : 1.0f - tail;  // NaN takes it too, and bell keeps it
+  cdf = distance <= 1.0f ? 0.5f + z * polynomial<5>(square, inner) : far;
 }
-PETL_INLINE Vec<double> erf(Vec<double> x) {
-  return each(x, [](double v) { return std::erf(v); });
+PETL_INLINE void normal(Vec<double> z, Vec<double>& cdf, Vec<double>& bell) {
+  cdf = each(z, [](double v) { return 0.5 * std::erfc(-0.7071067811865475244 * v); });
+  bell = exp(-0.5 * z * z);
 }
 
 // tanh: odd polynomial below 0.63 (1e-7 relative), 1 - 2 / (1 + e^2|x|) beyond.
@@ -105,8 +109,9 @@ PETL_INLINE void activate(Vec<C> z, Vec<C>& value, Vec<C>& slope) {
     const Vec<C> gate = sigmoid(z);
     value = z * gate, slope = gate * (one + z * (one - gate));
   } else if constexpr (kActivation == Activation::kGelu) {
-    const Vec<C> cdf = C(0.5) * (one + erf(z * C(0.7071067811865475244)));
-    value = z * cdf, slope = cdf + z * C(0.3989422804014326779) * exp(C(-0.5) * z * z);
+    Vec<C> cdf, bell;
+    normal(z, cdf, bell);
+    value = z * cdf, slope = cdf + z * C(0.3989422804014326779) * bell;
   } else {
     static_assert(kActivation == Activation::kGeluTanh);
     const C outer = C(0.7978845608028653559), inner = C(0.044715);

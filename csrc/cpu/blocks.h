@@ -6,6 +6,9 @@
 namespace petl::PETL_ISA {
 
 constexpr int64_t kDepthBlock = 256;  // of k, so that a panel (256 x kTileCols) stays in L1
+// Products of few columns are bound by memory and have the time for more and shorter chains of additions. MKL sums these
+// (not wider ones) in vectors along k: one chain over k = 96 had 1.6 times its error, pieces of 32 have 1.05 times.
+constexpr int64_t kNarrow = 16, kNarrowDepth = 32;
 
 // Rows that a thread takes through all phases at once: tiles of 256 KB of x and of g leave room in a 1 MB L2 for the
 // weights. Fewer than 48 rows would spend the time on reading and writing the weight gradients (12 rows: 14 % slower at
@@ -22,12 +25,14 @@ inline int useful_threads(int threads, int64_t n, int64_t multiply_adds) {
   return static_cast<int>(most < 1 ? 1 : most < threads ? most : threads);
 }
 
-// out = a panels (+ bias) (+ add), with the k steps cut into kDepthBlock pieces accumulated in `out`.
+// out = a panels (+ bias) (+ add), with the k steps cut into pieces accumulated in `out`: short ones where that is asked
+// for.
 template <typename C, typename P>
 void deep_product(int64_t m, int64_t n, int64_t k, Operand<P> a, const P* panels, C* out, int64_t ldo, const C* bias,
-                  Operand<C> add = {}) {
-  for (int64_t k0 = 0; k0 < k; k0 += kDepthBlock) {
-    const int64_t depth = k - k0 < kDepthBlock ? k - k0 : kDepthBlock;
+                  Operand<C> add = {}, bool accurate = false) {
+  const int64_t piece = accurate || n <= kNarrow ? kNarrowDepth : kDepthBlock;
+  for (int64_t k0 = 0; k0 < k; k0 += piece) {
+    const int64_t depth = k - k0 < piece ? k - k0 : piece;
     gemm<C, C, false, P>({m, n, depth, a.data + k0, a.ld, panels + k0 * kTileCols<C>, kTileCols<C>, k * kTileCols<C>, out,
                           ldo, k0 ? out : add.data, k0 ? ldo : add.ld, k0 ? nullptr : bias});
   }

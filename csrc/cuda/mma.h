@@ -66,8 +66,8 @@ PETL_DEVICE void load_b_transposed(OperandB& b, unsigned char* tile, int n, int 
   }
 }
 
-// A float as the sum of two tf32, all 24 bits of it. An infinity must meet the other operand once only: zero is its small
-// part, and zero stands for it (`finite`) where it would meet the other's small part, zero as often as not.
+// A float as the sum of two tf32, to its last bit or but one. An infinity must meet the other operand once only: zero is
+// its small part, and zero stands for it (`finite`) where it would meet the other's small part, zero as often as not.
 struct Split {
   uint32_t big, small, finite;
 };

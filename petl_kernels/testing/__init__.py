@@ -22,10 +22,13 @@ from petl_kernels.testing._case import (
     Outcome,
     arguments,
     check,
+    check_draws,
     errors,
     in_float64,
     judge,
+    judge_draws,
     lay_out,
+    mean_errors,
     run,
 )
 
@@ -49,9 +52,12 @@ __all__ = [
     "Outcome",
     "arguments",
     "check",
+    "check_draws",
     "errors",
     "in_float64",
     "judge",
+    "judge_draws",
     "lay_out",
+    "mean_errors",
     "run",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from petl_kernels.ops._op import Op
 
 Inputs = dict[str, Any]
+DRAWS = 32
 
 
 @dataclass(frozen=True)
@@ -144,21 +145,43 @@ def errors(ours: Outcome, eager: Outcome, exact: Outcome) -> list[Error]:
     return found
 
 
+def mean_errors(ours: Sequence[Outcome], eager: Sequence[Outcome], exact: Sequence[Outcome]) -> list[Error]:
+    """The errors of every tensor, each number averaged over several draws."""
+    found = []
+    for draws in zip(*map(errors, ours, eager, exact), strict=True):
+        numbers = zip(*((e.ours, e.eager, e.floor, e.largest) for e in draws))
+        found.append(Error(draws[0].name, *(sum(column) / len(draws) for column in numbers)))
+    return found
+
+
 def judge(ours: Outcome, eager: Outcome, exact: Outcome) -> list[str]:
     """The failures of `ours`: every tensor whose error exceeds twice that of eager PyTorch plus a rounding floor.
 
     A result of zeros cannot pass, because a bound at or above the largest exact element is itself a failure.
     """
+    return judge_draws([ours], [eager], [exact])
+
+
+def judge_draws(ours: Sequence[Outcome], eager: Sequence[Outcome], exact: Sequence[Outcome]) -> list[str]:
+    """The rule of `judge` on what several draws of a call's inputs have in common: on the means of its numbers."""
+    for got, same_dtype, true in zip(ours, eager, exact, strict=True):
+        if failures := _misshapen(got, same_dtype, true):
+            return failures
     failures = []
-    for (name, got), (_, same_dtype), (_, true) in zip(ours.items(), eager.items(), exact.items(), strict=True):
-        if got.shape != true.shape or got.dtype != same_dtype.dtype:
-            failures.append(f"{name}: got {got.dtype}{list(got.shape)}, wanted {same_dtype.dtype}{list(true.shape)}")
-    for e in errors(ours, eager, exact) if not failures else ():
+    for e in mean_errors(ours, eager, exact):
         if not e.ours <= e.bound:
             failures.append(f"{e.name}: error {e.ours:.3g} exceeds {e.bound:.3g} (largest element {e.largest:.3g})")
         elif e.largest > 0 and e.bound >= e.largest:
             failures.append(f"{e.name}: vacuous, the bound {e.bound:.3g} would pass zeros (largest {e.largest:.3g})")
     return failures
+
+
+def _misshapen(ours: Outcome, eager: Outcome, exact: Outcome) -> list[str]:
+    return [
+        f"{name}: got {got.dtype}{list(got.shape)}, wanted {same_dtype.dtype}{list(true.shape)}"
+        for (name, got), (_, same_dtype), (_, true) in zip(ours.items(), eager.items(), exact.items(), strict=True)
+        if got.shape != true.shape or got.dtype != same_dtype.dtype
+    ]
 
 
 def _error(value: Tensor, true: Tensor) -> float:
@@ -167,10 +190,29 @@ def _error(value: Tensor, true: Tensor) -> float:
 
 def check(case: Case, inputs: Inputs, fn: Callable[..., Tensor] | None = None, **options: Any) -> list[str]:
     """Run one call of a case through `fn` (the public op by default) and judge it against eager and float64."""
+    return judge(*_outcomes(case, inputs, fn, options))
+
+
+def check_draws(
+    case: Case, draw: Callable[[int], Inputs], fn: Callable[..., Tensor] | None = None, first: int = 0, **options: Any
+) -> list[str]:
+    """`check` of `draw(first)`, inputs of a seed; where it fails, the verdict of `judge_draws` on `DRAWS` seeds.
+
+    The error of a tensor of one element, as the gradient of a scalar scale is, is one draw from a distribution about
+    zero: of two such from the same normal distribution, one is over twice the other in 30 % of all cases, of means of
+    32 in one of 5,000.
+    """
+    if not check(case, draw(first), fn, **options):
+        return []
+    return judge_draws(*zip(*(_outcomes(case, draw(seed), fn, options) for seed in range(first, first + DRAWS))))
+
+
+def _outcomes(
+    case: Case, inputs: Inputs, fn: Callable[..., Tensor] | None, options: Mapping[str, Any]
+) -> tuple[Outcome, Outcome, Outcome]:
     ours = run(fn or case.fn, inputs, **options)
     eager = run(case.fn, inputs, impl="reference")
-    exact = run(case.fn, in_float64(inputs), impl="reference")
-    return judge(ours, eager, exact)
+    return ours, eager, run(case.fn, in_float64(inputs), impl="reference")
 
 
 def lay_out(x: Tensor, layout: str | None) -> Tensor:
