@@ -1,7 +1,6 @@
-// The functions of cuda/ptx.h for a CPU, so that the tests run the kernels' own sources without a GPU. A block's threads
-// are fibers that run one after the other and give way where they wait for each other: at barriers, and at what a warp
-// does together (shuffles, ldmatrix, mma), which is computed by the fragment layouts of the PTX manual once all 32 lanes
-// are there.
+// The functions of cuda/ptx.h for a CPU, so that the tests run the kernels' own sources without a GPU. Threads are
+// the fibers of cuda_machine.h; what a warp does together (shuffles, ldmatrix, mma) is computed by the fragment layouts of
+// the PTX manual once all 32 lanes are there.
 //
 // What it is made to find, beside wrong arithmetic:
 //   - shared memory begins as NaN and is exactly as long as was asked for, so that AddressSanitizer sees a step outside;
@@ -12,20 +11,9 @@
 // What it cannot find: races inside a warp, whose lanes take turns, and anything of time.
 #pragma once
 
-#include <ucontext.h>
-
-#include <algorithm>
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <vector>
 
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/common_interface_defs.h>
-#define PETL_EMULATOR_ASAN 1
-#endif
+#include "cuda_machine.h"
 
 #define __global__
 #define __device__
@@ -34,172 +22,11 @@
 #define PETL_DEVICE inline
 #define PETL_BOTH inline
 
-struct dim3 {
-  unsigned x, y, z;
-  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
-};
-inline dim3 threadIdx, blockIdx, gridDim;
-
 namespace petl::cuda {
-
-namespace emulator {
-
-[[noreturn]] inline void fail(const char* what) {
-  std::printf("FAIL emulator, block (%u, %u, %u) thread %u: %s\n", blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x, what);
-  std::fflush(stdout);
-  std::abort();
-}
-
-struct Copy {
-  unsigned char* to;
-  const unsigned char* from;
-  int bytes, group;
-};
-
-// What a lane brings to something that its warp does together.
-struct Arrival {
-  const void* in[2];
-  void* out;
-};
-
-struct Meeting {
-  const void* what = nullptr;  // the function that computes it: the same for all who meet
-  unsigned round = 0, arrived = 0;
-  Arrival lanes[kWarp];
-};
-
-struct Fiber {
-  static constexpr size_t kStack = 96 * 1024;
-  ucontext_t context;
-  std::unique_ptr<unsigned char[]> stack{new unsigned char[kStack]};
-  bool done = false;
-  const unsigned* awaited = nullptr;  // ready when this no longer holds `value`
-  unsigned value = 0;
-  std::vector<Copy> copies;
-  int groups = 0;
-
-  bool ready() const { return !done && (!awaited || *awaited != value); }
-};
-
-struct Counters {
-  int64_t launches = 0, collisions = 0, copied_bytes = 0;
-};
-
-struct Machine {
-  std::vector<Fiber> fibers;
-  std::vector<Meeting> warps;
-  Meeting barrier;
-  std::vector<unsigned char> shared;
-  ucontext_t scheduler;
-  int current = 0, threads = 0;
-  void (*body)(void*) = nullptr;
-  void* arguments = nullptr;
-  Counters counters;
-  const void* scheduler_stack = nullptr;
-  size_t scheduler_bytes = 0;
-};
-inline Machine machine;
-
-inline void switch_to(ucontext_t& from, ucontext_t& to, [[maybe_unused]] const void* stack,
-                      [[maybe_unused]] size_t bytes, [[maybe_unused]] bool last = false) {
-#ifdef PETL_EMULATOR_ASAN
-  void* fake = nullptr;
-  __sanitizer_start_switch_fiber(last ? nullptr : &fake, stack, bytes);
-  swapcontext(&from, &to);
-  __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
-#else
-  swapcontext(&from, &to);
-#endif
-}
-
-inline void give_way(const unsigned& word, unsigned value) {
-  Fiber& fiber = machine.fibers[static_cast<size_t>(machine.current)];
-  fiber.awaited = &word, fiber.value = value;
-  switch_to(fiber.context, machine.scheduler, machine.scheduler_stack, machine.scheduler_bytes);
-  fiber.awaited = nullptr;
-}
-
-inline void run_fiber() {
-#ifdef PETL_EMULATOR_ASAN
-  __sanitizer_finish_switch_fiber(nullptr, &machine.scheduler_stack, &machine.scheduler_bytes);
-#endif
-  machine.body(machine.arguments);
-  Fiber& fiber = machine.fibers[static_cast<size_t>(machine.current)];
-  fiber.done = true;
-  switch_to(fiber.context, machine.scheduler, machine.scheduler_stack, machine.scheduler_bytes, true);
-}
-
-// All who meet wait for the last, who computes for all.
-inline void meet(Meeting& meeting, unsigned count, int seat, void (*compute)(Arrival*), Arrival arrival) {
-  const void* what = reinterpret_cast<const void*>(compute);
-  if (meeting.arrived && meeting.what != what) fail("lanes of one warp met in different instructions");
-  meeting.what = what;
-  if (seat >= 0) meeting.lanes[seat] = arrival;
-  if (++meeting.arrived < count) {
-    give_way(meeting.round, meeting.round);
-    return;
-  }
-  if (compute) compute(meeting.lanes);
-  meeting.arrived = 0;
-  ++meeting.round;
-}
-
-inline void meet_warp(void (*compute)(Arrival*), const void* in, const void* in2, void* out) {
-  Meeting& warp = machine.warps[static_cast<size_t>(machine.current / kWarp)];
-  meet(warp, kWarp, machine.current % kWarp, compute, {{in, in2}, out});
-}
-
-inline void restart(Fiber& fiber) {
-  fiber.done = false, fiber.awaited = nullptr, fiber.groups = 0;
-  fiber.copies.clear();
-  getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = fiber.stack.get();
-  fiber.context.uc_stack.ss_size = Fiber::kStack;
-  fiber.context.uc_link = nullptr;
-  makecontext(&fiber.context, run_fiber, 0);
-}
-
-inline void run_block(bool backwards) {
-  for (int i = 0; i < machine.threads; ++i) restart(machine.fibers[static_cast<size_t>(i)]);
-  for (int left = machine.threads; left > 0;) {
-    bool moved = false;
-    for (int i = 0; i < machine.threads; ++i) {
-      machine.current = backwards ? machine.threads - 1 - i : i;
-      Fiber& fiber = machine.fibers[static_cast<size_t>(machine.current)];
-      if (!fiber.ready()) continue;
-      moved = true;
-      threadIdx.x = static_cast<unsigned>(machine.current);
-      switch_to(machine.scheduler, fiber.context, fiber.stack.get(), Fiber::kStack);
-      left -= fiber.done;
-    }
-    if (!moved && left > 0) fail("threads wait for each other for ever");
-  }
-}
-
-inline void run_grid(dim3 grid, int threads, size_t shared_bytes, void (*body)(void*), void* arguments) {
-  machine.threads = threads, machine.body = body, machine.arguments = arguments;
-  machine.warps.assign(static_cast<size_t>(threads / kWarp), {});
-  machine.barrier = {};
-  if (machine.fibers.size() < static_cast<size_t>(threads)) machine.fibers.resize(static_cast<size_t>(threads));
-  ++machine.counters.launches;
-  gridDim = grid;
-  int64_t block = 0;
-  for (unsigned z = 0; z < grid.z; ++z) {
-    for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) {
-        blockIdx = {x, y, z};
-        machine.shared = std::vector<unsigned char>(shared_bytes, 0xff);
-        run_block(block++ % 2 == 1);
-      }
-    }
-  }
-}
-
-}  // namespace emulator
 
 // --- threads -------------------------------------------------------------------------------------------------------
 inline void sync_block() {
-  emulator::meet(emulator::machine.barrier, static_cast<unsigned>(emulator::machine.threads), -1, nullptr, {});
+  emulator::meet(emulator::machine.block().barrier, static_cast<unsigned>(emulator::machine.threads), -1, nullptr, {});
 }
 inline void sync_warp() {
   emulator::meet_warp([](emulator::Arrival*) {}, nullptr, nullptr, nullptr);
@@ -216,7 +43,7 @@ inline float shuffle_xor(float value, int mask) {
       &value, &mask, &got);
   return got;
 }
-inline unsigned char* shared_memory() { return emulator::machine.shared.data(); }
+inline unsigned char* shared_memory() { return emulator::machine.block().shared.data(); }
 
 // --- conversions ---------------------------------------------------------------------------------------------------
 inline float bits_to_float(uint32_t bits) {
