@@ -21,6 +21,13 @@ void bottleneck_forward(const BottleneckForward& call, const Launch& launch);
 int64_t bottleneck_workspace(const BottleneckBackward& call, const Launch& launch);
 void bottleneck_backward(const BottleneckBackward& call, const Launch& launch, void* workspace);
 
+// The same on wgmma, TMA and clusters, for devices of compute capability 9.0 and 16-bit dtypes. Throw std::invalid_argument
+// where a call is not for them: r is at most 64, rows are on 16 bytes and those of a block fit its shared memory.
+void bottleneck_forward_sm90(const BottleneckForward& call, const Launch& launch);
+// d is at most 1024. z is of the dtype of g; weights may be of any.
+int64_t bottleneck_workspace_sm90(const BottleneckBackward& call, const Launch& launch);
+void bottleneck_backward_sm90(const BottleneckBackward& call, const Launch& launch, void* workspace);
+
 // Throw std::invalid_argument beyond 384 channels.
 void channel_adapter_forward(const ChannelAdapterForward& call, const Launch& launch);
 int64_t channel_adapter_workspace(const ChannelAdapterBackward& call, const Launch& launch);

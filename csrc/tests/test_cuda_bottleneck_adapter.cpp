@@ -2,6 +2,7 @@
 #define PETL_EMULATE
 #include "activation.h"
 
+#include "../cuda/adapter_sm90.cu"
 #include "../cuda/bottleneck_adapter.cu"
 
 namespace {
@@ -28,7 +29,7 @@ struct Options {
   DType dtype = DType::kFloat32, weights = DType::kFloat32;
   Activation activation = Activation::kGelu;
   int64_t scale_size = 0;
-  bool sequential = true, fast = false;
+  bool sequential = true, fast = false, sm90 = false;
   int processors = 2;
   int64_t shared_bytes = 99 * 1024;  // what sm_86 and sm_120 have; the least of all
   std::string only;                  // one gradient, or all
@@ -40,7 +41,8 @@ Options options(DType dtype, DType weights, Activation activation = Activation::
   return o;
 }
 
-void run(const Sizes& s, const Options& o) {
+// Returns the bits of the weights' gradients.
+std::vector<unsigned char> run(const Sizes& s, const Options& o) {
   std::mt19937 rng(static_cast<unsigned>(s.n * 31 + s.d_in * 7 + s.r));
   Stored x(rng, s.n, s.d_in, o.dtype, s.gap), w_down(rng, s.r, s.d_in, o.weights), b_down(rng, 1, s.r, o.weights);
   Stored w_up(rng, s.d_out, s.r, o.weights), b_up(rng, 1, s.d_out, o.weights), other(rng, s.n, s.d_out, o.dtype, s.gap);
@@ -89,19 +91,20 @@ void run(const Sizes& s, const Options& o) {
   const auto wanted = [&](const char* name, Stored& m) { return o.only.empty() || o.only == name ? m.rows() : Rows{}; };
   const Launch launch{0, nullptr, o.processors, o.shared_bytes, o.fast};
   machine.counters = {};
-  petl::cuda::bottleneck_forward({s.n, s.d_in, s.r, s.d_out, x.rows(), w_down.rows(), b_down.rows(), w_up.rows(),
-                                  b_up.rows(), residual.rows(), scale_rows, Rows{}, o.scale_size, {}, alpha,
-                                  o.activation, got_y.rows(), got_z.rows(), 0},
-                                 launch);
+  const auto forward = o.sm90 ? petl::cuda::bottleneck_forward_sm90 : petl::cuda::bottleneck_forward;
+  forward({s.n, s.d_in, s.r, s.d_out, x.rows(), w_down.rows(), b_down.rows(), w_up.rows(),
+           b_up.rows(), residual.rows(), scale_rows, Rows{}, o.scale_size, {}, alpha,
+           o.activation, got_y.rows(), got_z.rows(), 0},
+          launch);
   const int64_t forward_launches = machine.counters.launches;
   const BottleneckBackward back{s.n, s.d_in, s.r, s.d_out, g.rows(), x.rows(), got_z.rows(), w_down.rows(), w_up.rows(),
                                 b_up.rows(), scale_rows, Rows{}, o.scale_size, {}, alpha, o.activation, o.sequential,
                                 wanted("dx", got_dx), wanted("dw_down", got_dw_down), wanted("db_down", got_db_down),
                                 wanted("dw_up", got_dw_up), wanted("db_up", got_db_up),
                                 o.scale_size ? wanted("dscale", got_dscale) : Rows{}, Rows{}, 0};
-  const auto bytes = static_cast<size_t>(petl::cuda::bottleneck_workspace(back, launch));
-  std::vector<unsigned char> workspace(bytes, 0xff);
-  petl::cuda::bottleneck_backward(back, launch, workspace.data());
+  const auto needed = o.sm90 ? petl::cuda::bottleneck_workspace_sm90 : petl::cuda::bottleneck_workspace;
+  std::vector<unsigned char> workspace(static_cast<size_t>(needed(back, launch)), 0xff);
+  (o.sm90 ? petl::cuda::bottleneck_backward_sm90 : petl::cuda::bottleneck_backward)(back, launch, workspace.data());
 
   const double tolerated = o.fast ? 2e-3 : tolerance(o.dtype);
   const std::string name = text("n=", s.n, " d=", s.d_in, "/", s.d_out, " r=", s.r, " ", dtype_name(o.dtype), " act ",
@@ -118,8 +121,41 @@ void run(const Sizes& s, const Options& o) {
   compare_if("db_up", got_db_up, db_up);
   // That of a scalar is what remains of thousands of products, each of factors that were rounded, of either sign.
   if (o.scale_size) compare_if("dscale", got_dscale, dscale, o.scale_size == 1 ? 4 : 1);
-  expect(forward_launches == 1 && machine.counters.launches <= 4, name + "launches");
+  expect(forward_launches == 1 && machine.counters.launches <= (o.sm90 ? 2 : 4), name + "launches");
   expect(machine.counters.collisions == 0, text(name, "bank conflicts: ", machine.counters.collisions));
+  std::vector<unsigned char> bits(got_dw_down.bytes);
+  bits.insert(bits.end(), got_dw_up.bytes.begin(), got_dw_up.bytes.end());
+  return bits;
+}
+
+// wgmma and TMA, to which rows must be on 16 bytes.
+void on_sm90(DType brain, DType half) {
+  const auto hopper = [](DType dtype, DType weights, Activation activation, int64_t scale_size, int processors) {
+    Options o = options(dtype, weights, activation, scale_size);
+    o.sm90 = true, o.shared_bytes = 227 * 1024, o.processors = processors;
+    return o;
+  };
+  // One cluster with more tiles than its ring has places; five and three, whose tree is lopsided; other residuals.
+  run({1, 8, 8, 8, 0}, hopper(half, half, Activation::kGelu, 0, 132));
+  run({270, 136, 64, 136, 0}, hopper(brain, brain, Activation::kGelu, 1, 2));
+  const Options same = hopper(half, half, Activation::kTanh, 200, 10);
+  const auto bits = run({270, 200, 24, 200, 8}, same);
+  machine.last_first = true;  // other clusters are the later ones: not a bit changes
+  expect(run({270, 200, 24, 200, 8}, same) == bits, "the order of clusters shows");
+  machine.last_first = false;
+  for (const bool wide : {false, true}) {
+    Options other = hopper(brain, brain, Activation::kSilu, wide ? 328 : 1, 132);
+    other.sequential = false;
+    run(wide ? Sizes{130, 72, 16, 328, 8} : Sizes{130, 264, 40, 72, 0}, other);
+  }
+  Options small = hopper(brain, brain, Activation::kGelu, 0, 132);
+  small.shared_bytes = 48 * 1024;  // two stages
+  run({66, 136, 32, 136, 0}, small);
+  for (const char* only : {"dx", "dw_down", "db_down", "dw_up", "db_up", "dscale", "nothing"}) {
+    Options some = hopper(half, half, Activation::kGelu, only[2] == 'c' ? 72 : 1, 132);
+    some.only = only;
+    run({130, 72, 8, 72, 0}, some);
+  }
 }
 
 }  // namespace
@@ -157,5 +193,6 @@ int main() {
       run({37, 72, 12, 72, 0}, some);
     }
   }
+  on_sm90(kBrain, kHalf);
   return finish();
 }
