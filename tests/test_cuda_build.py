@@ -65,6 +65,8 @@ def test_nothing_spills():
     found = resources()
     assert sorted(found) == sorted(ARCHS)
     kernels = found[ARCHS[0]].keys()
+    of_sm90 = {name for name in found.get("90a", {}) if "sm90_kernel" in name}
+    assert len(of_sm90) == 4 * ("90a" in ARCHS)  # forward and backward, of two dtypes
     for kernel in (
         "adapter_rows",
         "tall_products",
@@ -75,7 +77,7 @@ def test_nothing_spills():
     ):
         assert any(f"{kernel}_kernel" in name for name in kernels), kernel
     for arch, of_arch in found.items():
-        assert of_arch.keys() == kernels
+        assert of_arch.keys() == kernels | (of_sm90 if arch == "90a" else set())
         for name, used in of_arch.items():
             assert used["STACK"] == 0 and used["LOCAL"] == 0, (arch, name, used)
             assert used["SHARED"] <= 1024 + 48 * 1024, (arch, name, used)  # from sm_90 on 1 KiB is the system's
@@ -91,6 +93,19 @@ def test_products_run_on_tensor_cores():
         for kernel in multiplies:
             assert "HMMA.16816" in kernel or "HMMA.1688" in kernel, (arch, kernel[:100])
             assert "LDL" not in kernel and "STL" not in kernel, (arch, kernel[:100])
+
+
+def test_wgmma_and_tma_where_they_were_meant():
+    """HGMMA, loads and stores by TMA and waits for them: in every kernel of sm_90a's own, and nowhere else."""
+    if "90a" not in ARCHS:
+        pytest.skip("built without sm_90a")
+    kernels = cuobjdump("-sass", "-arch", "sm_90a").split("Function : ")[1:]
+    for kernel in kernels:
+        name = kernel.split("\n")[0]
+        for instruction in ("HGMMA.64x64x16.F32", "UTMALDG.2D", "UTMASTG.2D", "SYNCS.PHASECHK"):
+            assert (instruction in kernel) == ("sm90_kernel" in name), (name, instruction)
+        if "sm90_kernel" in name:
+            assert "LDL" not in kernel and "STL" not in kernel and "HMMA.168" not in kernel, name
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here there is a GPU")

@@ -17,17 +17,19 @@ void* workspace(const py::object& allocate, int64_t bytes) {
   return reinterpret_cast<void*>(bytes ? allocate(bytes).cast<uintptr_t>() : 0);
 }
 
+template <void (*kForward)(const BottleneckForward&, const cuda::Launch&)>
 void bottleneck_forward(const Where& where, std::tuple<int64_t, int64_t, int64_t, int64_t> sizes, const Matrix& x,
                         const Matrix& w_down, const Matrix& b_down, const Matrix& w_up, const Matrix& b_up,
                         const Matrix& residual, const Matrix& scale, int64_t scale_size, double alpha, int activation,
                         const Matrix& y, const Matrix& z) {
   const auto [n, d_in, r, d_out] = sizes;
-  cuda::bottleneck_forward({n, d_in, r, d_out, rows(x), rows(w_down), rows(b_down), rows(w_up), rows(b_up),
-                            rows(residual), rows(scale), Rows{}, scale_size, Dropout{}, alpha,
-                            static_cast<Activation>(activation), rows(y), rows(z), 0},
-                           launch(where));
+  kForward({n, d_in, r, d_out, rows(x), rows(w_down), rows(b_down), rows(w_up), rows(b_up), rows(residual), rows(scale),
+            Rows{}, scale_size, Dropout{}, alpha, static_cast<Activation>(activation), rows(y), rows(z), 0},
+           launch(where));
 }
 
+template <int64_t (*kWorkspace)(const BottleneckBackward&, const cuda::Launch&),
+          void (*kBackward)(const BottleneckBackward&, const cuda::Launch&, void*)>
 void bottleneck_backward(const Where& where, std::tuple<int64_t, int64_t, int64_t, int64_t> sizes, const Matrix& g,
                          const Matrix& x, const Matrix& z, const Matrix& w_down, const Matrix& w_up, const Matrix& b_up,
                          const Matrix& scale, int64_t scale_size, double alpha, int activation, bool add_g,
@@ -39,7 +41,7 @@ void bottleneck_backward(const Where& where, std::tuple<int64_t, int64_t, int64_
                                 add_g, rows(dx), rows(dw_down), rows(db_down), rows(dw_up), rows(db_up), rows(dscale),
                                 Rows{}, 0};
   const cuda::Launch on = launch(where);
-  cuda::bottleneck_backward(call, on, workspace(allocate, cuda::bottleneck_workspace(call, on)));
+  kBackward(call, on, workspace(allocate, kWorkspace(call, on)));
 }
 
 void channel_adapter_forward(const Where& where, std::tuple<int64_t, int64_t, int64_t> sizes, uintptr_t channels,
@@ -101,8 +103,12 @@ void channel_step(const Where& where, uintptr_t rows, uintptr_t numbers, uintptr
 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of petl_kernels";
-  m.def("bottleneck_forward", &bottleneck_forward);
-  m.def("bottleneck_backward", &bottleneck_backward);
+  m.def("bottleneck_forward", &bottleneck_forward<cuda::bottleneck_forward>);
+  m.def("bottleneck_backward", &bottleneck_backward<cuda::bottleneck_workspace, cuda::bottleneck_backward>);
+#ifdef PETL_SM90
+  m.def("bottleneck_forward_sm90", &bottleneck_forward<cuda::bottleneck_forward_sm90>);
+  m.def("bottleneck_backward_sm90", &bottleneck_backward<cuda::bottleneck_workspace_sm90, cuda::bottleneck_backward_sm90>);
+#endif
   m.def("channel_adapter_forward", &channel_adapter_forward);
   m.def("channel_adapter_backward", &channel_adapter_backward);
   m.def("channel_gradient", &channel_gradient);

@@ -14,9 +14,16 @@ try:
 except ImportError as error:
     raise ImportError(f"petl_kernels has no CUDA kernels here (`petl-kernels env` says why): {error}") from error
 
-__all__ = ["Workspace", "_cuda", "cannot_run", "launch_on"]
+__all__ = ["Workspace", "_cuda", "cannot_run", "capability", "launch_on"]
 
 Launch = tuple[int, int, int, int, bool]
+
+
+@assume_constant
+@cache
+def capability(index: int | None) -> tuple[int, int]:
+    """The compute capability of a CUDA device."""
+    return torch.cuda.get_device_capability(index)
 
 
 @assume_constant
@@ -25,7 +32,7 @@ def _too_old(index: int | None) -> str | None:
     """Why the kernels do not run on a CUDA device, or None. Not traceable, hence a constant to a compiler."""
     if torch.version.hip is not None:
         return "it is CUDA, and this PyTorch was built for ROCm"
-    major, minor = torch.cuda.get_device_capability(index)
+    major, minor = capability(index)
     return None if major >= 8 else f"it needs compute capability 8.0 or more, got {major}.{minor}"
 
 

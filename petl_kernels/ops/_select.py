@@ -20,7 +20,8 @@ def asked_for(impl: str | None) -> str:
 
 @contextmanager
 def use_impl(impl: str) -> Iterator[None]:
-    """Run every op inside the block with implementation `impl` ("auto", "reference", "cpp", "triton", "cuda").
+    """Run every op inside the block with implementation `impl` ("auto", "reference", "cpp", "triton", "cuda";
+    of `bottleneck_adapter` also "cuda_sm90").
 
     It outranks the argument `impl=` and the environment variable `PETL_KERNELS_IMPL`; the innermost block wins. It
     holds for the current thread.

@@ -44,7 +44,7 @@ def _preference(x: Tensor, *_: Any) -> tuple[str, ...]:
     return ("cpp",)
 
 
-OP = Op(__name__, impls=("cpp", "triton", "cuda"), preference=_preference)
+OP = Op(__name__, impls=("cpp", "triton", "cuda", "cuda_sm90"), preference=_preference)
 
 # `scale` and `alpha` are the tensor and the float form of the scale, the float being 1.0 beside a tensor. The gate is
 # [..., 1]. `seed` is there if and only if something is dropped. z is the pre-activation [..., r] in x's dtype, of a
@@ -164,7 +164,8 @@ def bottleneck_adapter(
         seed: int64, [] or [1], on x's device: the same seed drops the same elements, on every implementation. It is
             read where the kernels run: a captured graph draws anew when its value changes. None draws one from torch's
             generator, which `torch.manual_seed` and checkpointing restore (the reference then runs PyTorch's dropout).
-        impl: "reference", "cpp", "triton", "cuda", or None for the fastest known; see `explain` and `use_impl`.
+        impl: "reference", "cpp", "triton", "cuda", "cuda_sm90" (16-bit dtypes on compute capability 9.0), or None for
+            the fastest known; see `explain` and `use_impl`.
 
     Returns:
         [..., d_out], contiguous, in x's dtype, promoted with residual's. Each gradient has its input's dtype.

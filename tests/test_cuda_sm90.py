@@ -1,0 +1,54 @@
+"""The adapter's kernels for sm_90a from Python: which calls they take and, where there is such a GPU, what they return.
+
+What they compute, csrc/tests/test_cuda_bottleneck_adapter.cpp shows on an emulated one.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from petl_kernels import bottleneck_adapter, explain
+
+pytest.importorskip("petl_kernels.ops.bottleneck_adapter.cuda_sm90", exc_type=ImportError)
+from petl_kernels.ops.bottleneck_adapter import cuda_sm90
+
+
+def call(n=8, d_in=64, r=16, d_out=64, dtype=torch.bfloat16, weights=None):
+    x, w_down, w_up = torch.ones(n, d_in), torch.ones(r, d_in), torch.ones(d_out, r)
+    return x.to(dtype), w_down.to(weights or dtype), None, w_up.to(weights or dtype), None, x.to(dtype)
+
+
+@pytest.mark.parametrize(
+    "changed, reason",
+    [
+        ({"dtype": torch.float32}, "one 16-bit dtype .* got torch.float32"),
+        ({"weights": torch.float32}, "one 16-bit dtype .* got torch.bfloat16, torch.float32"),
+        ({"r": 72}, "bottlenecks of up to 64 .* got r = 72"),
+        ({"d_in": 1032, "d_out": 1032}, "rows of up to 1024, got .* d = 1032"),
+        ({"r": 12}, "multiples of 8 .* got r = 12"),
+        ({"d_in": 100, "d_out": 100}, "multiples of 8 .* d = 100"),
+    ],
+)
+def test_what_does_not_fit(changed, reason):
+    assert cuda_sm90.unfit(*call(), None) is None
+    found = cuda_sm90.unfit(*call(**changed), None)
+    assert found is not None and re.search(reason, found), found
+
+
+def test_explain_says_why_not():
+    x, w_down, _, w_up, _, _ = call()
+    assert "tensors on a GPU" in explain(bottleneck_adapter, x, w_down, None, w_up, None).others["cuda_sm90"]
+
+
+@pytest.mark.parametrize("offset, copies", [(0, False), (8, False), (1, True)])
+def test_rows_that_tma_cannot_take_are_copied(offset, copies):
+    """Of a slice of a wider matrix: one that begins or steps off 16 bytes is copied, another not."""
+    wide = torch.arange(4 * 80, dtype=torch.bfloat16).reshape(4, 80)
+    rows = wide[:, offset : offset + 64]
+    taken = cuda_sm90._on_16_bytes(rows)
+    assert (taken is not rows) == copies and torch.equal(taken, rows) and taken.data_ptr() % 16 == 0
+    narrow = torch.ones(4, 76, dtype=torch.bfloat16)[:, :64]  # rows 152 bytes apart
+    assert cuda_sm90._on_16_bytes(narrow).is_contiguous()
