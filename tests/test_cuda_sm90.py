@@ -16,16 +16,16 @@ pytest.importorskip("petl_kernels.ops.bottleneck_adapter.cuda_sm90", exc_type=Im
 from petl_kernels.ops.bottleneck_adapter import cuda_sm90
 
 
-def call(n=8, d_in=64, r=16, d_out=64, dtype=torch.bfloat16, weights=None):
+def call(n=8, d_in=64, r=16, d_out=64, dtype=torch.bfloat16, residual=None):
     x, w_down, w_up = torch.ones(n, d_in), torch.ones(r, d_in), torch.ones(d_out, r)
-    return x.to(dtype), w_down.to(weights or dtype), None, w_up.to(weights or dtype), None, x.to(dtype)
+    return x.to(dtype), w_down, None, w_up, None, x.to(residual or dtype)
 
 
 @pytest.mark.parametrize(
     "changed, reason",
     [
         ({"dtype": torch.float32}, "one 16-bit dtype .* got torch.float32"),
-        ({"weights": torch.float32}, "one 16-bit dtype .* got torch.bfloat16, torch.float32"),
+        ({"residual": torch.float32}, "one 16-bit dtype .* got torch.bfloat16, torch.float32"),
         ({"r": 72}, "bottlenecks of up to 64 .* got r = 72"),
         ({"d_in": 1032, "d_out": 1032}, "rows of up to 1024, got .* d = 1032"),
         ({"r": 12}, "multiples of 8 .* got r = 12"),
@@ -40,7 +40,8 @@ def test_what_does_not_fit(changed, reason):
 
 def test_explain_says_why_not():
     x, w_down, _, w_up, _, _ = call()
-    assert "tensors on a GPU" in explain(bottleneck_adapter, x, w_down, None, w_up, None).others["cuda_sm90"]
+    others = explain(bottleneck_adapter, x, w_down, None, w_up, None).others
+    assert "tensors on a GPU" in others["cuda_sm90"]
 
 
 @pytest.mark.parametrize("offset, copies", [(0, False), (8, False), (1, True)])

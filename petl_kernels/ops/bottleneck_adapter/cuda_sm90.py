@@ -35,9 +35,9 @@ def unsupported(x: Tensor, w_down: Tensor, b_down: Tensor | None, w_up: Tensor, 
 def unfit(x: Tensor, w_down: Tensor, b_down: Tensor | None, w_up: Tensor, *rest: Any) -> str | None:
     """Why tensor maps and tiles of 64 x 64 do not fit a call, on whatever device it is."""
     _, residual, *_ = rest
-    rows_of = [t for t in (x, w_down, w_up, residual) if t is not None]
-    if x.dtype not in (torch.bfloat16, torch.float16) or any(t.dtype != x.dtype for t in rows_of):
-        return f"it needs one 16-bit dtype for x, weights and residual, got {', '.join(str(t.dtype) for t in rows_of)}"
+    dtypes = [t.dtype for t in (x, residual) if t is not None]
+    if x.dtype not in (torch.bfloat16, torch.float16) or any(dtype != x.dtype for dtype in dtypes):
+        return f"it needs one 16-bit dtype for x and residual, got {', '.join(map(str, dtypes))}"
     (r, d_in), d_out = w_down.shape, w_up.shape[0]
     if r > 64 or max(d_in, d_out) > _WIDEST:
         return f"it holds bottlenecks of up to 64 and rows of up to {_WIDEST}, got r = {r}, d = {d_in} and {d_out}"
@@ -76,7 +76,9 @@ def forward(
     if y.numel() > 0:
         x_rows = _on_16_bytes(x)
         added = x_rows if residual is x else _on_16_bytes(residual)
-        weights = _on_16_bytes(w_down), row_major(b_down), _on_16_bytes(w_up), row_major(b_up)
+        # TMA does not convert: weights of another dtype are cast first, a launch each.
+        down, up = (_on_16_bytes(w.to(x.dtype)) for w in (w_down, w_up))
+        weights = down, row_major(b_down), up, row_major(b_up)
         _cuda.bottleneck_forward_sm90(
             launch_on(x.device),
             (y.numel() // d_out, d_in, r, d_out),
