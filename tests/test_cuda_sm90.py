@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from petl_kernels import bottleneck_adapter, explain
+from petl_kernels.testing import CASES, in_float64, judge, run
 
 pytest.importorskip("petl_kernels.ops.bottleneck_adapter.cuda_sm90", exc_type=ImportError)
 from petl_kernels.ops.bottleneck_adapter import cuda_sm90
@@ -53,3 +54,31 @@ def test_rows_that_tma_cannot_take_are_copied(offset, copies):
     assert (taken is not rows) == copies and torch.equal(taken, rows) and taken.data_ptr() % 16 == 0
     narrow = torch.ones(4, 76, dtype=torch.bfloat16)[:, :64]  # rows 152 bytes apart
     assert cuda_sm90._on_16_bytes(narrow).is_contiguous()
+
+
+# One tile and many, clusters of 1, 2, 6 and 8; what is added, scaled and frozen.
+CALLS = [
+    {"n": 1, "d": 8, "r": 8},
+    {"n": 300, "d": 136, "r": 64, "residual": "other", "scale": ()},
+    {"n": 4099, "d": 768, "r": 64, "activation": "silu", "parameter_dtype": torch.float32},
+    {"n": 257, "d": 512, "d_out": 1024, "r": 40, "residual": None, "scale": ("d_out",)},
+    {"n": 130, "d": 64, "r": 8, "frozen": ("x", "w_down", "b_down")},
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="no GPU of capability 9.0"
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sample", CALLS, ids=lambda sample: f"{sample['n']}x{sample['d']}x{sample['r']}")
+def test_on_a_gpu_it_is_right_and_always_the_same(sample, dtype):
+    sample = dict(sample)
+    inputs = CASES[0].inputs(sample, dtype, sample.pop("parameter_dtype", None), device="cuda")
+    ours = run(bottleneck_adapter, inputs, impl="cuda_sm90")
+    eager = run(bottleneck_adapter, inputs, impl="reference")
+    assert not judge(ours, eager, run(bottleneck_adapter, in_float64(inputs), impl="reference"))
+    for _ in range(5):
+        again = run(bottleneck_adapter, inputs, impl="cuda_sm90")
+        for (name, got), (_, before) in zip(again.items(), ours.items(), strict=True):
+            assert torch.equal(got, before), name
