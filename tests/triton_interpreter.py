@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime import interpreter
 
 from petl_kernels.ops._op import Op
-from petl_kernels.profiling import _Counting
+from petl_kernels.profiling.measures import _Counting
 
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="counts inside the interpreter")
 

@@ -4,11 +4,13 @@ import typer
 
 from petl_kernels.cli.env import env
 from petl_kernels.cli.methods import methods
+from petl_kernels.cli.profile import profile
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Compiled kernels for PETL: what runs here, and why."
 )
 app.command()(env)
 app.command()(methods)
+app.command()(profile)
 
 __all__ = ["app"]

@@ -151,8 +151,25 @@ _TIMM = Block(
     FeedForward("mlp", "mlp", "mlp.fc2"),
     stream="norm2",
 )
+# Of petl_kernels.testing.models: layer norms behind the sub-layers, and in front of them.
+_OWN = Block(
+    (
+        Attention(
+            "after_attention",
+            "attention",
+            "attention.query",
+            "attention.key",
+            "attention.value",
+            "attention.output",
+        ),
+    ),
+    FeedForward("after_ffn", "up", "down"),
+    norm="norm_after_ffn",
+)
+_OWN_PRE = replace(_OWN, norm=None, stream="norm_before_ffn")
 _TORCH = Block((Attention("dropout1", "self_attn"),), FeedForward("dropout2", "linear1", "linear2"), norm="norm2")
-_KNOWN = (_BERT, _VIT, _VIT_5, _LLAMA, _bart("self_attn", "encoder_attn"), _bart("self_attn"), _TIMM, _PHI, _GPT2)
+_BARTS = (_bart("self_attn", "encoder_attn"), _bart("self_attn"))
+_KNOWN = (_BERT, _VIT, _VIT_5, _LLAMA, *_BARTS, _TIMM, _PHI, _GPT2, _OWN, _OWN_PRE)
 
 
 def find_blocks(model: nn.Module) -> list[Block]:
