@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from petl_kernels.ops.bottleneck_adapter import OP
 from petl_kernels.profiling import plots
 from petl_kernels.profiling.html import facts, page
 from petl_kernels.profiling.run import Plan
@@ -31,9 +32,9 @@ def profile(
     target: Annotated[
         str,
         typer.Argument(
-            help=f"{' or '.join(BUILT_IN)}; package.module:function; script.py[:function] (default: build). The function "
-            "returns (model, batch or iterable of batches, loss), where loss(model, batch) is a scalar. Where it takes "
-            "an argument `adapters`, build(adapters=False) is the frozen model."
+            help=f"{' or '.join(BUILT_IN)}; package.module:function; script.py[:function] (default: build). The "
+            "function returns (model, batch or iterable of batches, loss), where loss(model, batch) is a scalar. Where "
+            "it takes an argument `adapters`, build(adapters=False) is the frozen model."
         ),
     ],
     variants: Annotated[str, typer.Option(help=f"Some of {','.join(VARIANTS)}.")] = ",".join(DEFAULT),
@@ -61,6 +62,8 @@ def profile(
     if draw and (reason := plots.missing()):
         _stop(IMPOSSIBLE, reason)
     chosen = _names(variants)
+    if impl not in (None, "auto", *OP.impls):
+        _stop(USAGE, f"--impl has to be one of auto, {', '.join(OP.impls)}, got {impl!r}")
     left = {}
     if quick:
         steps, batch = min(steps, 3), batch or (2 if target in BUILT_IN else None)

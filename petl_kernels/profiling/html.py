@@ -56,7 +56,7 @@ def page(record: dict[str, Any], pictures: Sequence[Path]) -> str:
         "<details><summary>All figures, as JSON</summary>",
         f"<pre>{escape(json.dumps(_short(record), indent=1))}</pre></details>",
     ]
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     lines = "\n".join(body)
     return (
         f'<!doctype html>\n<html lang="en"><head>{head}<title>{escape(title)}</title><style>{STYLE}</style></head>\n'

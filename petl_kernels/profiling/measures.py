@@ -223,7 +223,8 @@ def intercept(places: Iterable[tuple[nn.Module, str]], run: Callable[..., Any]) 
                 undo.append(partial(module.__dict__.__setitem__, method, before))
             else:
                 own = type(module)
-                object.__setattr__(module, "__class__", type(own.__name__, (own,), {method: _through(own, method, run)}))
+                in_front = type(own.__name__, (own,), {method: _through(own, method, run)})
+                object.__setattr__(module, "__class__", in_front)
                 undo.append(partial(object.__setattr__, module, "__class__", own))
         yield
     finally:

@@ -110,7 +110,7 @@ def _memory(axes: Any, variants: dict[str, dict[str, Any]]) -> bool:
         last = curve[-1][0] or 1.0
         x, y = [100 * at / last for at, _ in curve], [size for _, size in curve]
         label = f"{name}, peak {variants[name]['peak_mib']:,.1f} MiB"
-        axes.plot(x, y, color=VARIANTS[name], label=label, linewidth=1.3)
+        axes.plot(x, y, color=VARIANTS[name], label=label, linewidth=1.3, drawstyle="steps-post")
     axes.set(xlabel="% of the step", ylabel="MiB", title="Memory allocated since the step began")
     axes.legend(fontsize=8, frameon=False)
     return bool(curves)

@@ -45,8 +45,9 @@ def profile(target: Target, plan: Plan, say: Say = lambda what, done, of: None) 
 
     Returns:
         The record, in plain JSON values: "target", "machine", "settings", "variants" (per variant the fields of
-        `Measured`, or "unavailable" and nothing else), "adapters" (where they are), "fuse" (fused, skipped, unavailable:
-        name -> what or why), "wrong" (what computes something else than eager; such a variant was not timed).
+        `Measured` and its "difference" from eager, or "unavailable" and nothing else), "adapters" (where they are),
+        "fuse" (fused, skipped, unavailable: name -> what or why), "wrong" (what computes something else than eager;
+        such a variant was not timed).
 
     Raises:
         TargetError: the target cannot be built, or its step cannot run.

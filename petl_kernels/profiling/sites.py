@@ -142,16 +142,20 @@ def _silence(module: Any, site: Site) -> str | None:
     if site.kind == "peft":
         module.enable_adapters(False)
     elif site.kind == "adapters":
-        module.get_active_setup = lambda: None
+        module.get_active_setup = _no_setup
     elif site.kind == "hand-written":
         bare = any(p is not None and p.residual == "none" for p in (patterns._find(module) or {}).values())
         module.forward = _nothing if bare else _pass
-    elif isinstance(module, petl_kernels.nn.BottleneckAdapter):
+    elif issubclass(type(module), petl_kernels.nn.BottleneckAdapter):
         module.forward = _nothing_or_residual if module.form == "parallel" else _pass
     elif isinstance(getattr(module, "weight", None), Tensor) and hasattr(module, "in_features"):
         module.forward = partial(_frozen_linear, module)
     else:
         return f"what a {type(module).__name__} computes without its adapter is not known"
+    return None
+
+
+def _no_setup() -> None:
     return None
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import re
-import shutil
 import statistics
 import time
 from collections import Counter
@@ -13,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class Measured:
         operators: calls of operators that compute; a proxy of launches. `top_operators` has the most frequent, and
             `package_operators` this package's.
         kernel_launches: on a GPU, of kernels.
-        saved_mib: kept for the backward pass; `saved_by_module` by module, numbers in its name replaced by "*".
+        saved_mib: kept for the backward pass; `saved_by_module` by module (adapters whole), numbers in names as "*".
         peak_mib: largest sum of allocations of a step above what stood before it; `memory` is its course, as
             (milliseconds, MiB).
     """
@@ -99,7 +99,7 @@ def time_steps(variants: list[Variant], device: str, steps: int, tick: Callable[
         for variant in variants:
             with _watched(variant) as times:
                 marks = variant.step(now)
-            parts[variant.name].append([end - start for start, end in zip(marks, marks[1:])])
+            parts[variant.name].append([end - start for start, end in pairwise(marks)])
             if times is not None:
                 adapters[variant.name].append((times().forward, times().backward))
             tick()
@@ -166,7 +166,9 @@ def count(variant: Variant, measured: Measured) -> None:
     measured.saved_mib = saved.total() / MIB
     grouped: Counter[str] = Counter()
     for name, size in saved.items():
-        grouped[re.sub(r"(?<![^.])\d+(?![^.])", "*", name) or "(loss)"] += size
+        # What an adapter's parts save is the adapter's: fused, it has no parts.
+        site = next((s.name for s in variant.sites if name.startswith(f"{s.name}.")), name)
+        grouped[re.sub(r"(?<![^.])\d+(?![^.])", "*", site) or "(loss)"] += size
     measured.saved_by_module = {name: size / MIB for name, size in grouped.most_common()}
 
 
@@ -192,11 +194,10 @@ def trace(variant: Variant, measured: Measured, device: str, path: Path | None) 
         return
     plain = path.with_suffix("")
     profile.export_chrome_trace(str(plain))
-    with open(plain) as file:
-        events = json.load(file)["traceEvents"]
-    with open(plain, "rb") as file, gzip.open(path, "wb", compresslevel=4) as packed:
-        shutil.copyfileobj(file, packed)
+    text = plain.read_bytes()
     plain.unlink()
+    path.write_bytes(gzip.compress(text, compresslevel=4))
+    events = json.loads(text)["traceEvents"]
     measured.trace = path.name
     measured.memory = _memory(events, device)
     measured.peak_mib = max((size for _, size in measured.memory), default=None)
@@ -205,7 +206,7 @@ def trace(variant: Variant, measured: Measured, device: str, path: Path | None) 
 
 
 def _memory(events: list[dict[str, Any]], device: str) -> list[tuple[float, float]]:
-    """The sum of what was allocated since the start, in its order: [(milliseconds, MiB)], thinned to 2000 points."""
+    """The sum of what was allocated since the start, in its order: [(milliseconds, MiB)], thinned to 500 points."""
     kind = 1 if device.startswith("cuda") else 0  # of c10's device types
     found = [
         (event["ts"], event["args"]["Bytes"])
@@ -219,7 +220,7 @@ def _memory(events: list[dict[str, Any]], device: str) -> list[tuple[float, floa
     for at, size in found:
         total += size
         curve.append(((at - begin) / 1e3, total / MIB))
-    per = -(-len(curve) // 2000)
+    per = -(-len(curve) // 500)
     return [max(curve[i : i + per], key=lambda point: point[1]) for i in range(0, len(curve), per)]
 
 

@@ -10,6 +10,7 @@ from petl_kernels.profiling.plots import measured, segments
 
 Rows = list[list[str]]  # the first row is the head
 MODULES = 12
+NONE = "-"
 
 
 def summary_table(record: dict[str, Any]) -> Rows:
@@ -20,17 +21,17 @@ def summary_table(record: dict[str, Any]) -> Rows:
 
     def against(name: str, variant: dict[str, Any]) -> str:
         if eager is None or variant is frozen:
-            return "–"
+            return NONE
         return f"{eager['step_ms'] / variant['step_ms']:.2f}x"
 
     figures: list[tuple[str, Callable[[str, dict[str, Any]], str]]] = [
         ("step, ms (median)", lambda n, v: f"{v['step_ms']:,.2f}"),
         ("20 % to 80 % of the steps, ms", lambda n, v: f"{v['low_ms']:,.2f} to {v['high_ms']:,.2f}"),
         ("speed of eager's step", against),
-        ("above the frozen step, ms", lambda n, v: _number(v["above_frozen_ms"]) if v is not frozen else "–"),
+        ("above the frozen step, ms", lambda n, v: _number(v["above_frozen_ms"]) if v is not frozen else NONE),
         ("host time, ms", lambda n, v: f"{v['host_ms']:,.2f}"),
         ("operators launched", lambda n, v: _number(v["operators"], 0)),
-        ("of these, ops of petl_kernels", lambda n, v: "–" if v["operators"] is None else _package(v)),
+        ("of these, ops of petl_kernels", lambda n, v: NONE if v["operators"] is None else _package(v)),
         ("GPU kernels launched", lambda n, v: _number(v["kernel_launches"], 0)),
         ("saved activations, MiB", lambda n, v: f"{v['saved_mib']:,.2f}"),
         ("peak memory of the step, MiB", lambda n, v: _number(v["peak_mib"])),
@@ -39,7 +40,7 @@ def summary_table(record: dict[str, Any]) -> Rows:
     ]
     rows = [["", *variants]]
     rows += [[label, *(figure(name, v) for name, v in variants.items())] for label, figure in figures]
-    return [rows[0], *(row for row in rows[1:] if any(cell != "–" for cell in row[1:]))]
+    return [rows[0], *(row for row in rows[1:] if any(cell != NONE for cell in row[1:]))]
 
 
 def step_table(record: dict[str, Any]) -> Rows:
@@ -50,7 +51,7 @@ def step_table(record: dict[str, Any]) -> Rows:
         row = [part]
         for variant, found in variants.values():
             known = variant["adapters_ms"] is not None or not part.startswith("adapters")
-            row.append(f"{found[part]:,.2f}" if known else "–")
+            row.append(f"{found[part]:,.2f}" if known else NONE)
         rows.append(row)
     return rows
 
@@ -58,12 +59,14 @@ def step_table(record: dict[str, Any]) -> Rows:
 def saved_table(record: dict[str, Any]) -> Rows:
     """MiB that each module saves for the backward pass, per variant; the largest first."""
     variants = {n: v["saved_by_module"] for n, v in measured(record).items() if v["saved_by_module"] is not None}
-    names = sorted({m for v in variants.values() for m in v}, key=lambda m: -max(v.get(m, 0) for v in variants.values()))
+    names = sorted(
+        {m for v in variants.values() for m in v}, key=lambda m: -max(v.get(m, 0) for v in variants.values())
+    )
     rows = [["module", *variants]]
     rows += [[name, *(f"{v.get(name, 0):,.2f}" for v in variants.values())] for name in names[:MODULES]]
     if rest := names[MODULES:]:
         sums = (sum(v.get(name, 0) for name in rest) for v in variants.values())
-        rows.append([f"{len(rest)} others", *(f"{size:,.2f}" for size in sums)])
+        rows.append([f"others ({len(rest)})", *(f"{size:,.2f}" for size in sums)])
     return rows
 
 
@@ -98,7 +101,7 @@ def _grouped(said: dict[str, str]) -> Rows:
 
 
 def _number(value: float | None, digits: int = 2) -> str:
-    return "–" if value is None else f"{value:,.{digits}f}"
+    return NONE if value is None else f"{value:,.{digits}f}"
 
 
 def _package(variant: dict[str, Any]) -> str:
@@ -107,4 +110,4 @@ def _package(variant: dict[str, Any]) -> str:
 
 def _difference(variant: dict[str, Any]) -> str:
     found = variant["difference"]
-    return "–" if not found else f"{found['gradients']:.1e}"
+    return NONE if not found else f"{found['gradients']:.1e}"

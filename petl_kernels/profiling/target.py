@@ -150,7 +150,8 @@ def find_target(name: str, options: Options) -> Target:
     for part in function.split("."):
         make = getattr(make, part, None)
     if not callable(make):
-        own = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
+        own = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+        own = [key for key in own if inspect.isfunction(vars(module)[key]) and not key.startswith("_")]
         raise TargetError(f"{path} has no function {function!r}; it has {', '.join(own) or 'none'}")
     return Target(name, options, _takes_adapters(make), make)
 

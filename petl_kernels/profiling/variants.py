@@ -187,5 +187,3 @@ def lowest_precision(variant: Variant, batch: Any) -> torch.dtype:
         variant.loss(batch)
     known = [dtype for dtype in TOLERANCE if dtype in dtypes]
     return known[-1] if known else torch.float32
-
-
