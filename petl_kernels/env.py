@@ -116,7 +116,7 @@ def ops() -> dict[str, dict[str, Any]]:
                 where = f"{device} {str(dtype).removeprefix('torch.')}"
                 try:
                     said = petl_kernels.explain(case.fn, **inputs)
-                    found[case.name][where] = {"chosen": said.chosen, "others": said.others}
+                    found[case.name][where] = {"chosen": said.chosen, "why": said.why, "others": said.others}
                 except (ValueError, RuntimeError) as error:  # what an impossible PETL_KERNELS_IMPL leads to
-                    found[case.name][where] = {"chosen": None, "others": {}, "error": str(error)}
+                    found[case.name][where] = {"chosen": None, "why": None, "others": {}, "error": str(error)}
     return found

@@ -124,10 +124,11 @@ def test_explain(fakes):
     auto = explain(CASE.fn, **call)
     assert (auto.op, auto.chosen, set(auto.others)) == (OP.name, "cpp", set(OP.impls) - {"cpp"})
     assert auto.others["triton"] == "it is a Tuesday"
-    assert str(auto).splitlines()[0] == f"{OP.name} runs on 'cpp'"
+    assert str(auto).splitlines()[0] == f"{OP.name} runs on 'cpp': known to be the fastest here"
     assert "  not triton: it is a Tuesday" in str(auto).splitlines()
     asked = explain(CASE.fn, **call, impl="reference")
-    assert asked.chosen == "reference" and asked.others["cpp"] == "'reference' was asked for"
+    assert asked.chosen == "reference" and asked.why == "it was asked for"
+    assert asked.others["cpp"] == "'reference' was asked for"
     assert not fakes.ran
 
 

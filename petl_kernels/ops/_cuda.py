@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from petl_kernels.ops._op import assume_constant
+from petl_kernels.ops._assume import assume_constant
 
 try:
     from petl_kernels import _cuda

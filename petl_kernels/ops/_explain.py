@@ -11,15 +11,16 @@ from petl_kernels.ops._op import Op
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which implementation runs a call (`chosen`), and per other implementation why it does not (`others`)."""
+    """Which implementation runs a call (`chosen`), `why`, and per other implementation why it does not (`others`)."""
 
     op: str
     chosen: str
+    why: str
     others: dict[str, str]
 
     def __str__(self) -> str:
         rest = "".join(f"\n  not {name}: {reason}" for name, reason in self.others.items())
-        return f"{self.op} runs on {self.chosen!r}{rest}"
+        return f"{self.op} runs on {self.chosen!r}: {self.why}{rest}"
 
 
 def explain(fn: Callable[..., Any], *args: Any, impl: str | None = None, **kwargs: Any) -> Explanation:
@@ -38,6 +39,9 @@ def explain(fn: Callable[..., Any], *args: Any, impl: str | None = None, **kwarg
         raise TypeError(f"explain: fn must be one of the ops {sorted(Op.registry)}, got {fn!r}")
     call = op.prepare(*args, **kwargs)
     chosen = op.select(impl, *call)
-    asked = f"{chosen!r} was asked for" if op.requested(impl) else "not known by measurement to be faster here"
-    others = {name: op.unsupported(name, *call) or asked for name in op.impls if name != chosen}
-    return Explanation(op.name, chosen, others)
+    if op.requested(impl):
+        why, unchosen = "it was asked for", f"{chosen!r} was asked for"
+    else:
+        why, unchosen = op.reason(chosen, *call), "not known by measurement to be faster here"
+    others = {name: op.unsupported(name, *call) or unchosen for name in op.impls if name != chosen}
+    return Explanation(op.name, chosen, why, others)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from operator import index
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -17,6 +18,8 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from petl_kernels.ops import _measured
+from petl_kernels.ops._assume import assume_constant
 from petl_kernels.ops._select import AUTO, asked_for
 
 REFERENCE = "reference"
@@ -48,12 +51,6 @@ class Direction:
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
             return self.overload(*args, impl)
         return self._run(*args, impl)
-
-
-def assume_constant(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.compiler.assume_constant_result` without its import of torch._dynamo and triton, 1.2 s of CPU time."""
-    fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return fn
 
 
 @assume_constant
@@ -116,15 +113,24 @@ class Op:
         impls: names of the implementations besides the reference.
         preference: `(*call) -> names`, what measurement found fastest for such a call, best first. "auto" takes the
             first that supports the call; where none does, the reference.
+        sizes: `(*call) -> (rows, widths...)` of a call whose first argument is a tensor. An op that has them is asked
+            for its preference on the CPU only; what it takes on a GPU is in the table of `_measured`.
     """
 
     registry: ClassVar[dict[str, Op]] = {}
 
-    def __init__(self, package: str, impls: Sequence[str], preference: Callable[..., Sequence[str]]) -> None:
+    def __init__(
+        self,
+        package: str,
+        impls: Sequence[str],
+        preference: Callable[..., Sequence[str]],
+        sizes: Callable[..., tuple[int, ...]] | None = None,
+    ) -> None:
         self.name = package.rsplit(".", 1)[1]
         self.impls = (REFERENCE, *impls)
         self.prepare: Callable[..., tuple[Any, ...]]  # the public function's arguments -> the validated call
         self.directions: dict[str, Direction] = {}
+        self.sizes = sizes
         self._package, self._preference = sys.modules[package], preference
         Op.registry[self.name] = self
 
@@ -158,11 +164,31 @@ class Op:
             raise ValueError(f"{self.name}: impl must be one of {(AUTO, *self.impls)}, got {wanted!r}")
         return None if wanted == AUTO else wanted
 
+    def preferred(self, *call: Any) -> Sequence[str]:
+        """The implementations that were measured to be faster than the reference for such a call, best first."""
+        if self.sizes is None:
+            return self._preference(*call)
+        x = call[0]
+        if x.device.type == _measured.GPU:
+            sizes = self.sizes(*call)
+            if torch.compiler.is_compiling():  # a width may be a symbol, of which `index` makes a number
+                return _measured.compiled_names(self.name, x.device.index, x.dtype, *map(index, sizes[1:])).split()
+            return _measured.eager(self.name, x.device.index, x.dtype, sizes).impls
+        return self._preference(*call) if x.device.type == "cpu" else ()
+
+    def reason(self, chosen: str, *call: Any) -> str:
+        """Why "auto" takes `chosen` for a call."""
+        fastest = "nothing is known to be faster here" if chosen == REFERENCE else "known to be the fastest here"
+        x = call[0]
+        if self.sizes is None or x.device.type != _measured.GPU:
+            return fastest
+        return f"{fastest} ({_measured.eager(self.name, x.device.index, x.dtype, self.sizes(*call)).source})"
+
     def select(self, impl: str | None, *call: Any) -> str:
         """The implementation that runs this call; an explicit one that cannot raises a RuntimeError."""
         wanted = self.requested(impl)
         if wanted is None:
-            return next((n for n in self._preference(*call) if self.unsupported(n, *call) is None), REFERENCE)
+            return next((n for n in self.preferred(*call) if self.unsupported(n, *call) is None), REFERENCE)
         reason = self.unsupported(wanted, *call)
         if reason is not None:
             raise RuntimeError(f"{self.name}: impl={wanted!r} cannot run this call: {reason}")

@@ -38,12 +38,16 @@ def _fake_backward(g, x, z, task, w_down, w_up, scale, activation, add_g, traine
     return dx, *(w_down[0].new_empty(s) if need else z.new_empty((0,)) for s, need in zip(shapes, needs[1:]))
 
 
-def _preference(x: Tensor, *_: Any) -> tuple[str, ...]:
-    # No GPU figures exist yet, and "auto" takes nothing on trust.
-    return ("cpp",) if x.device.type == "cpu" else ()
+def _preference(*_: Any) -> tuple[str, ...]:
+    return ("cpp",)  # from benchmarks/results
 
 
-OP = Op(__name__, impls=("cpp", "triton"), preference=_preference)
+def _sizes(x: Tensor, task: Tensor, w_down: Sequence[Tensor], *_: Any) -> tuple[int, ...]:
+    r, d = w_down[0].shape
+    return x.numel() // d, d, r, len(w_down)
+
+
+OP = Op(__name__, impls=("cpp", "triton"), preference=_preference, sizes=_sizes)
 
 # Lists have one entry per task, those of absent biases none. z is the pre-activation [..., r] in x's dtype, empty when
 # `save_z` is false. Outputs are contiguous.

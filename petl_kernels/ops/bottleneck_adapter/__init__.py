@@ -34,17 +34,19 @@ _AMX = torch.cpu._is_amx_tile_supported()
 
 
 def _preference(x: Tensor, *_: Any) -> tuple[str, ...]:
-    # From benchmarks/results. No GPU figures exist yet, and "auto" takes nothing on trust.
-    if x.device.type != "cpu":
-        return ()
-    # The reference computes in x's dtype, whatever that of the parameters: bf16 x takes AMX where there is one. We have
-    # no AMX and no measurement beside it.
+    # From benchmarks/results. The reference computes in x's dtype, whatever that of the parameters: bf16 x takes AMX
+    # where there is one. We have no AMX and no measurement beside it.
     if x.dtype == torch.bfloat16 and _AMX:
         return ()
     return ("cpp",)
 
 
-OP = Op(__name__, impls=("cpp", "triton", "cuda", "cuda_sm90"), preference=_preference)
+def _sizes(x: Tensor, w_down: Tensor, *_: Any) -> tuple[int, ...]:
+    r, d = w_down.shape
+    return x.numel() // d, d, r
+
+
+OP = Op(__name__, impls=("cpp", "triton", "cuda", "cuda_sm90"), preference=_preference, sizes=_sizes)
 
 # `scale` and `alpha` are the tensor and the float form of the scale, the float being 1.0 beside a tensor. The gate is
 # [..., 1]. `seed` is there if and only if something is dropped. z is the pre-activation [..., r] in x's dtype, of a

@@ -26,13 +26,18 @@ def _fake_backward(g, x_channels, channels, weight, bias, scale, alpha, scale_in
     return g.new_empty(g.shape if needs[0] else (0,)), *new_gradients((weight, bias, scale), needs[1:], g)
 
 
-def _preference(x: Tensor, *_: Any) -> tuple[str, ...]:
+def _preference(*_: Any) -> tuple[str, ...]:
     # Faster there than eager and than gather-linear-scatter: fp32, bf16, fp16 and fp64 with AVX-512 (and its bf16
-    # instructions), fp32 and bf16 with AVX2. No GPU figures exist yet, and "auto" takes nothing on trust.
-    return ("cpp",) if x.device.type == "cpu" else ()
+    # instructions), fp32 and bf16 with AVX2.
+    return ("cpp",)
 
 
-OP = Op(__name__, impls=("cpp", "triton", "cuda"), preference=_preference)
+def _sizes(x: Tensor, channels: Tensor, *_: Any) -> tuple[int, ...]:
+    d = x.shape[-1]
+    return x.numel() // d, d, channels.numel()
+
+
+OP = Op(__name__, impls=("cpp", "triton", "cuda"), preference=_preference, sizes=_sizes)
 
 # `scale` and `alpha` are the tensor and the float form of the scale, the float being 1.0 beside a tensor. x_channels
 # is x_C [..., k] in x's dtype, empty when `save_x` is false. Outputs are contiguous.

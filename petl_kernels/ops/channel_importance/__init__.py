@@ -19,12 +19,16 @@ def _fake_forward(activation, grad, reduction):
     return activation.new_empty((activation.shape[-1],), dtype=dtype)
 
 
-def _preference(activation: Tensor, *_: Any) -> tuple[str, ...]:
-    # From benchmarks/results. No GPU figures exist yet, and "auto" takes nothing on trust.
-    return ("cpp",) if activation.device.type == "cpu" else ()
+def _preference(*_: Any) -> tuple[str, ...]:
+    return ("cpp",)  # from benchmarks/results
 
 
-OP = Op(__name__, impls=("cpp", "triton", "cuda"), preference=_preference)
+def _sizes(activation: Tensor, *_: Any) -> tuple[int, ...]:
+    d = activation.shape[-1]
+    return activation.numel() // d, d
+
+
+OP = Op(__name__, impls=("cpp", "triton", "cuda"), preference=_preference, sizes=_sizes)
 
 FORWARD = OP.direction(
     "channel_importance_fwd(Tensor activation, Tensor grad, str reduction) -> Tensor scores", "forward", _fake_forward

@@ -25,12 +25,16 @@ def _fake_backward(g, x, channels, channel_weight, channel_bias, dim, needs):
     return tuple(new_gradients((channel_weight, channel_bias), needs, channel_weight))
 
 
-def _preference(x: Tensor, *_: Any) -> tuple[str, ...]:
-    # From benchmarks/results. No GPU figures exist yet, and "auto" takes nothing on trust.
-    return ("cpp",) if x.device.type == "cpu" else ()
+def _preference(*_: Any) -> tuple[str, ...]:
+    return ("cpp",)  # from benchmarks/results
 
 
-OP = Op(__name__, impls=("cpp", "triton", "cuda"), preference=_preference)
+def _sizes(x: Tensor, weight: Tensor, bias: Tensor | None, channels: Tensor, *_: Any) -> tuple[int, ...]:
+    d_out, d_in = weight.shape
+    return x.numel() // d_in, d_in, d_out, channels.numel()
+
+
+OP = Op(__name__, impls=("cpp", "triton", "cuda"), preference=_preference, sizes=_sizes)
 
 # There is no forward direction: y = x W^T + b and dx = g W are torch's own products, which no kernel of ours would
 # beat, and which a compiler fuses with its surroundings. What is ours is the gradient of the chosen part.

@@ -40,14 +40,18 @@ def _worthwhile(x: Tensor, scale: Tensor) -> int:
 
 
 def _preference(x: Tensor, scale: Tensor) -> tuple[str, ...]:
-    # No GPU figures exist yet, and "auto" takes nothing on trust. A compiler fuses the product with what surrounds it,
-    # of which there are none either.
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or x.numel() < _worthwhile(x, scale):
+    # A compiler fuses the product with what surrounds it, of which there are no figures.
+    if torch.compiler.is_compiling() or x.numel() < _worthwhile(x, scale):
         return ()
     return ("cpp",)
 
 
-OP = Op(__name__, impls=("cpp", "triton"), preference=_preference)
+def _sizes(x: Tensor, scale: Tensor) -> tuple[int, ...]:
+    d = x.shape[-1]
+    return x.numel() // d, d
+
+
+OP = Op(__name__, impls=("cpp", "triton"), preference=_preference, sizes=_sizes)
 
 # Outputs are contiguous.
 FORWARD = OP.direction("channel_scale_fwd(Tensor x, Tensor scale) -> Tensor y", "forward", _fake_forward)

@@ -34,16 +34,18 @@ _WORTHWHILE_ELSE = 1 << 18
 
 
 def _preference(x: Tensor, *_: Any) -> tuple[str, ...]:
-    # No GPU figures exist yet, and "auto" takes nothing on trust. To a compiler a size may be a symbol, and a bound on
-    # it would become a condition of the graph.
-    if x.device.type != "cpu":
-        return ()
+    # To a compiler a size may be a symbol, and a bound on it would become a condition of the graph.
     if not torch.compiler.is_compiling() and x.numel() < _WORTHWHILE.get(x.dtype, _WORTHWHILE_ELSE):
         return ()
     return ("cpp",)
 
 
-OP = Op(__name__, impls=("cpp", "triton"), preference=_preference)
+def _sizes(x: Tensor, *_: Any) -> tuple[int, ...]:
+    d = x.shape[-1]
+    return x.numel() // d, d
+
+
+OP = Op(__name__, impls=("cpp", "triton"), preference=_preference, sizes=_sizes)
 
 # mean and rstd = 1 / sqrt(variance + eps) are [rows] in float32 (float64 for float64), empty when `save` is false.
 # Outputs are contiguous.
