@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from petl_kernels.testing import Case
+from petl_kernels.testing import Case, Inputs, run
 
 Baselines = Mapping[str, Callable[..., Tensor]]
 _layers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weight -> peft's layer over it
@@ -55,3 +55,13 @@ def baselines(case: Case) -> Baselines:
     """The case's own baselines, and those of the libraries that are installed."""
     library, found = LIBRARIES.get(case.name, ("", {}))
     return {**case.baselines, **(found if library and importlib.util.find_spec(library) else {})}
+
+
+def astray(case: Case, inputs: Inputs, fn: Callable[..., Tensor]) -> list[str]:
+    """Where a baseline computes something else; it may be less accurate than we have to be, in its own dtype."""
+    pairs = zip(run(fn, inputs).items(), run(case.fn, inputs, impl="reference").items(), strict=True)
+    return [
+        f"{name} is another one"
+        for (name, got), (_, wanted) in pairs
+        if not (got.double() - wanted.double()).abs().max() <= 0.1 * wanted.double().abs().max()
+    ]

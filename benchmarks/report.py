@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import geometric_mean
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.table import Table
@@ -31,6 +31,29 @@ COLUMNS = [
     "timestamp",
     "petl_kernels_version",
 ]
+
+
+Metric = tuple[str, str, float, float, float]  # name, unit, median, 20 % and 80 % quantile
+
+
+class Reported(Protocol):
+    """What a CSV holds of a measurement."""
+
+    @property
+    def kernel(self) -> str: ...
+    @property
+    def provider(self) -> str: ...
+    @property
+    def mode(self) -> str: ...
+    @property
+    def sample(self) -> Mapping[str, Any]: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def sizes(self) -> Mapping[str, int]: ...
+    @property
+    def figures(self) -> Mapping[str, Any]: ...
+    def metrics(self) -> Iterator[Metric]: ...
 
 
 @dataclass(frozen=True)
@@ -58,6 +81,27 @@ class Measurement:
         assert self.ceilings is not None
         ideal = max(self.flops / self.ceilings.flops, self.bytes / self.ceilings.bytes)
         return 100 * ideal / self.seconds.median
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """What a row says of the run beside its machine and versions."""
+        if self.ceilings is None:
+            return {}
+        return {"ceiling_gflops": self.ceilings.flops / 1e9, "ceiling_gbs": self.ceilings.bytes / 1e9}
+
+    def metrics(self) -> Iterator[Metric]:
+        """A rate's 20% quantile comes from the 80% of the time."""
+        t = self.seconds
+        factor, unit = (1e6, "us") if self.mode == "host" else (1e3, "ms")
+        yield "speed", unit, t.median * factor, t.low * factor, t.high * factor
+        if self.mode == "host":
+            return
+        for name, unit, work in (("throughput", "GFLOP/s", self.flops), ("bandwidth", "GB/s", self.bytes)):
+            yield name, unit, work / t.median / 1e9, work / t.high / 1e9, work / t.low / 1e9
+        ratio = self.ceiling * t.median
+        yield "ceiling", "%", self.ceiling, ratio / t.high, ratio / t.low
+        if self.saved_bytes is not None:
+            yield "memory", "MiB", *(self.saved_bytes / 2**20,) * 3
 
 
 def speedups(group: Sequence[Measurement], provider: str, baseline: str) -> list[float]:
@@ -107,22 +151,7 @@ def _figures(m: Measurement) -> list[str]:
     return figures
 
 
-def _metrics(m: Measurement) -> Iterator[tuple[str, str, float, float, float]]:
-    """(metric, unit, median, 20%, 80%) of a measurement; a rate's 20% quantile comes from the 80% of the time."""
-    t = m.seconds
-    factor, unit = (1e6, "us") if m.mode == "host" else (1e3, "ms")
-    yield "speed", unit, t.median * factor, t.low * factor, t.high * factor
-    if m.mode == "host":
-        return
-    for name, unit, work in (("throughput", "GFLOP/s", m.flops), ("bandwidth", "GB/s", m.bytes)):
-        yield name, unit, work / t.median / 1e9, work / t.high / 1e9, work / t.low / 1e9
-    ratio = m.ceiling * t.median
-    yield "ceiling", "%", m.ceiling, ratio / t.high, ratio / t.low
-    if m.saved_bytes is not None:
-        yield "memory", "MiB", *(m.saved_bytes / 2**20,) * 3
-
-
-def write_csv(path: Path, measurements: Sequence[Measurement], origin: Mapping[str, str]) -> None:
+def write_csv(path: Path, measurements: Sequence[Reported], origin: Mapping[str, str]) -> None:
     """Write one row per metric of each measurement."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
@@ -134,9 +163,8 @@ def write_csv(path: Path, measurements: Sequence[Measurement], origin: Mapping[s
                 "dtype": m.dtype,
                 **{k: origin[k] for k in ("threads", "isa", "torch", "triton", "commit")},
             }
-            if m.ceilings is not None:
-                config |= {"ceiling_gflops": m.ceilings.flops / 1e9, "ceiling_gbs": m.ceilings.bytes / 1e9}
-            for name, unit, *values in _metrics(m):
+            config |= m.figures
+            for name, unit, *values in m.metrics():
                 x = ("shape", " x ".join(m.sizes), m.sample["id"])
                 end = (json.dumps(config), origin["machine"], origin["timestamp"], origin["petl_kernels"])
                 writer.writerow([m.kernel, m.provider, m.mode, name, unit, *x, *(f"{v:.6g}" for v in values), *end])

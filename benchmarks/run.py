@@ -1,7 +1,7 @@
 """Time the ops of `petl_kernels.testing.CASES`: `python benchmarks/run.py --csv out.csv`.
 
 Correctness comes first: where an implementation fails the rule of the tests on a shape that would be timed, nothing is
-timed and the exit code is 1.
+timed and the exit code is 1. `--suite gpu` is the whole programme of a GPU (benchmarks/gpu).
 """
 
 from __future__ import annotations
@@ -15,18 +15,17 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from libraries import baselines
+from libraries import astray, baselines
 from options import DTYPES, some_of
 from provenance import ISA_VARIABLES, provenance
 from report import Measurement, print_group, write_csv
 from rich.console import Console
 from rich.progress import track
 from timing import call_of, ceilings, interleave, repeated
-from torch import Tensor
 from torch._functorch import config as functorch
 
 from petl_kernels.profiling import saved_bytes
-from petl_kernels.testing import CASES, Case, Inputs, arguments, check, run
+from petl_kernels.testing import CASES, Case, arguments, check
 
 HOST_CALLS = 100
 MODES = ("forward", "backward", "full", "host")
@@ -51,15 +50,28 @@ def main(
     isa: Annotated[str | None, typer.Option(help=f"Emulate a machine with {' or '.join(ISA_VARIABLES)} only.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Write the measurements here.")] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="gpu: all ops, and training steps, on one GPU in --minutes.")
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="What the suite may take.")] = 7.5,
+    rehearse: Annotated[
+        bool, typer.Option(help="Run the suite in tiny sizes on the CPU; its figures say nothing.")
+    ] = False,
 ) -> None:
     """Check, then time eager, torch.compile and every implementation in interleaved rounds."""
     if isa is not None:
         _emulate(isa)
+    if suite is not None and suite != "gpu":
+        raise typer.BadParameter(f"--suite must be gpu, got {suite!r}")
     # A cache of its own: code that Inductor kept from a run under another instruction set has crashed this one.
     inductor = tempfile.TemporaryDirectory(prefix="petl_kernels_inductor_")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = inductor.name
     functorch.donated_buffer = False  # or a compiled backward could not be timed by itself
     torch.set_num_threads(threads or torch.get_num_threads())
+    if suite == "gpu":
+        from gpu.run import run_suite
+
+        raise typer.Exit(run_suite(console, minutes, op, impl, compile, rehearse, csv))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     modes = some_of("--mode", mode, MODES)
     dtypes = some_of("--dtype", dtype, tuple(DTYPES))
@@ -145,16 +157,6 @@ def failures(case: Case, shapes: list[dict[str, Any]], names: list[str], dtypes:
             found += [f"{case.name} {sample['id']} {dtype} {name}: {f}" for f in astray(case, inputs, fn)]
         found += [f"{case.name} {sample['id']} {dtype} {n}: {f}" for n in names for f in check(case, inputs, impl=n)]
     return found
-
-
-def astray(case: Case, inputs: Inputs, fn: Callable[..., Tensor]) -> list[str]:
-    """Where a baseline computes something else; it may be less accurate than we have to be, in its own dtype."""
-    pairs = zip(run(fn, inputs).items(), run(case.fn, inputs, impl="reference").items(), strict=True)
-    return [
-        f"{name} is another one"
-        for (name, got), (_, wanted) in pairs
-        if not (got.double() - wanted.double()).abs().max() <= 0.1 * wanted.double().abs().max()
-    ]
 
 
 def providers(case: Case, names: list[str], compile: bool) -> dict[str, Provider]:

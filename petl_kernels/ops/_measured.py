@@ -20,6 +20,7 @@ from petl_kernels.ops._assume import assume_constant
 
 PATH = Path(__file__).parents[1] / "crossover.csv"
 COLUMNS = ("device", "capability", "op", "dtype", "sizes", "eager", "compiled")
+UNKNOWN = "?"  # instead of names: the baseline was not timed at this shape
 GPU = "cuda"  # the type of the devices that the table is about
 FACTOR = 4.0  # measured shapes lie up to four times apart; further away nothing is known
 
@@ -31,7 +32,7 @@ class Row(NamedTuple):
         device, capability: as torch names them, "9.0" being a capability.
         sizes: as the op's `sizes` gives them, the rows first.
         eager: against eager PyTorch, by the wall time of ordinary launches.
-        compiled: against `torch.compile` of the reference, by the time on the GPU.
+        compiled: against `torch.compile` of the reference, by the time on the GPU; None where that was not timed.
     """
 
     device: str
@@ -40,7 +41,7 @@ class Row(NamedTuple):
     dtype: str
     sizes: tuple[int, ...]
     eager: tuple[str, ...]
-    compiled: tuple[str, ...]
+    compiled: tuple[str, ...] | None
 
 
 class Finding(NamedTuple):
@@ -59,8 +60,9 @@ def table() -> tuple[Row, ...]:
 
 def _row(record: dict[str, str]) -> Row:
     sizes = tuple(map(int, record["sizes"].split("x")))
-    names = (tuple(record[which].split()) for which in ("eager", "compiled"))
-    return Row(record["device"], record["capability"], record["op"], record["dtype"], sizes, *names)
+    compiled = None if record["compiled"] == UNKNOWN else tuple(record["compiled"].split())
+    where = (record["device"], record["capability"], record["op"], record["dtype"])
+    return Row(*where, sizes, tuple(record["eager"].split()), compiled)
 
 
 @cache
@@ -113,7 +115,7 @@ def compiled(op: str, index: int | None, dtype: torch.dtype, widths: tuple[int, 
         op, index, dtype: as of `eager`.
         widths: the sizes without the rows, which would become a condition of the graph.
     """
-    rows = _rows(op, index, dtype)
+    rows = [row for row in _rows(op, index, dtype) if row.compiled is not None]
     if not rows:
         return Finding((), _unmeasured(op, index, dtype))
     nearest = min((row.sizes[1:] for row in rows), key=lambda w: _distance(w, widths)[1])
@@ -121,7 +123,7 @@ def compiled(op: str, index: int | None, dtype: torch.dtype, widths: tuple[int, 
         return Finding((), f"the nearest widths measured, {_text(nearest)}, are over {FACTOR:.0f} times off")
     those = [row for row in rows if row.sizes[1:] == nearest]
     most = max(those, key=lambda row: row.sizes[0])
-    always = tuple(name for name in most.compiled if all(name in row.compiled for row in those))
+    always = tuple(name for name in most.compiled or () if all(name in (row.compiled or ()) for row in those))
     return Finding(always, f"measured on {most.device} at widths {_text(nearest)} in {most.dtype}, compiled")
 
 
