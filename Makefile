@@ -1,7 +1,8 @@
 # make demo: fine-tune a real model, eager and fused.  make two-stage: six methods on four tasks, and on digits (STEPS=5
 # for a smoke run of either).  make test: everything that must pass.  make resources: the Triton kernels compiled for every
-# GPU target, not just one.  make test-integrations: `fuse` in two environments whose libraries cannot share one.  Each
-# makes .venv and installs what it needs.
+# GPU target, not just one.  make test-integrations: `fuse` in two environments whose libraries cannot share one.
+# make gpu: build, test, sanitise and benchmark on a GPU, and write the result files.  Each makes .venv and installs what
+# it needs; `make gpu GPU_PYTHON=python3` takes an environment as it is and installs nothing (CONTRIBUTING.md).
 PYTHON ?= python3
 STEPS ?=
 VENV := .venv
@@ -9,7 +10,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PEFT := .venv-peft
 
+GPU_PYTHON ?= $(BIN)/python
+GPU_READY := $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(READY))
+SANITIZER ?= compute-sanitizer
+# Of a checkout that may not be installed there; cmake and ninja are beside the interpreter.
+ON_GPU := PYTHONPATH=$(CURDIR) PATH="$(abspath $(dir $(GPU_PYTHON))):$$PATH"
+
 .PHONY: demo two-stage test lint test-cpp test-python test-integrations resources bench clean
+.PHONY: gpu build-gpu test-gpu sanitize bench-gpu crossover
 
 demo: $(READY)
 	$(BIN)/python examples/finetune.py $(if $(STEPS),--steps $(STEPS))
@@ -46,6 +54,35 @@ test-integrations: $(READY) $(PEFT)/.ready
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py --op bottleneck_adapter --csv out/bench.csv
+
+# One after the other, whatever -j says: they share the device.
+gpu:
+	$(MAKE) build-gpu
+	$(MAKE) test-gpu
+	$(MAKE) sanitize
+	$(MAKE) bench-gpu
+
+build-gpu: $(GPU_READY)
+	$(ON_GPU) PETL_KERNELS_CPU=1 PETL_KERNELS_CUDA=1 $(GPU_PYTHON) setup.py build_ext --inplace
+
+# Without the options of pyproject.toml, whose plugins such an environment need not have; only files with such tests.
+test-gpu: $(GPU_READY)
+	$(ON_GPU) $(GPU_PYTHON) -m pytest -o addopts=-q -m gpu \
+	  $(sort $(shell grep -lE 'mark\.gpu|case_impl|from optimizers' tests/test_*.py))
+
+# Each tensor an allocation of its own, or memcheck could not tell where one ends.
+sanitize: $(GPU_READY)
+	for tool in memcheck racecheck initcheck; do \
+	  $(ON_GPU) PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool --error-exitcode 1 \
+	    $(GPU_PYTHON) tests/sanitize.py || exit 1; \
+	done
+
+bench-gpu: $(GPU_READY)
+	$(ON_GPU) $(GPU_PYTHON) benchmarks/run.py --suite gpu
+	$(MAKE) crossover
+
+crossover: $(GPU_READY)
+	$(ON_GPU) $(GPU_PYTHON) benchmarks/crossover.py benchmarks/results/*.csv
 
 $(READY): pyproject.toml setup.py constraints.txt $(shell find csrc -type f -not -path '*/tests/*')
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
