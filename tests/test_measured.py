@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from petl_kernels import bottleneck_adapter, explain, layer_norm
 from petl_kernels.ops import _measured
 from petl_kernels.ops._op import Op
-from petl_kernels.testing import CASES, arguments, check
+from petl_kernels.testing import CASES, arguments
 
 H100, L4 = ("NVIDIA H100 80GB HBM3", "9.0"), ("NVIDIA L4", "8.9")
 ADAPTER = (*H100, "bottleneck_adapter", "bfloat16")
@@ -142,24 +142,26 @@ def test_auto_runs_what_the_table_says(believed):
     assert explain(layer_norm, x.double(), None, None).chosen == "reference"  # never measured in float64
 
 
-def test_a_compiled_call_asks_for_what_won_at_every_number_of_rows(believed, monkeypatch):
-    case = CASES[0]
+def test_a_compiled_graph_takes_what_won_at_every_number_of_rows(measured):
+    def names(*widths):
+        return _measured.compiled("bottleneck_adapter", 0, torch.bfloat16, widths).impls
+
+    assert names(768, 64) == ("triton",)  # which "cuda", at 512 rows not among the winners, was not
+    assert names(4096, 64) == () and names(768, 8) == ("cuda",) and names(64, 64) == ()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_compiled_call_reads_widths_and_not_rows(case, believed, monkeypatch):
     asked = []
     real = _measured.compiled
-
-    def recorded(*args):
-        asked.append((args[3], real(*args).impls))
-        return real(*args)
-
-    monkeypatch.setattr(_measured, "compiled", recorded)
-    assert real("bottleneck_adapter", 0, torch.bfloat16, (768, 64)).impls == ("triton",)
-    assert real("bottleneck_adapter", 0, torch.bfloat16, (4096, 64)).impls == ()
+    monkeypatch.setattr(_measured, "compiled", lambda *args: asked.append(args[3]) or real(*args))
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("eager")
     fn = torch.compile(case.fn, fullgraph=True, dynamic=True, backend=counter)
     frames = set()
     for n in (7, 9, 13):
-        assert check(case, inputs(case, "reference", n=n, scale=2.0, gate=None, dropout=0.0), fn) == []
+        call = arguments(inputs(case, "reference", n=n, gate=None, dropout=0.0))
+        torch.testing.assert_close(fn(**call), case.fn(**call, impl="reference"))
         frames.add(counter.frame_count)
-    assert len(frames) == 1 and asked  # widths were read, rows were not: one compilation serves them all
-    assert all(widths == (48, 5) for widths, _ in asked)
+    assert len(frames) == 1 and asked  # one compilation serves every number of rows
+    assert set(asked) == {case.op.sizes(*case.op.prepare(**call))[1:]}
