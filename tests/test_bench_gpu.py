@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ import gpu.suite  # noqa: E402
 import libraries  # noqa: E402
 import run  # noqa: E402
 from gpu import clocks, lora, plan, steps  # noqa: E402
-from gpu.device import Rehearsal  # noqa: E402
+from gpu.device import Cuda, Rehearsal  # noqa: E402
 from gpu.report import Measurement  # noqa: E402
 from report import COLUMNS, write_csv  # noqa: E402
 from timing import Quantiles  # noqa: E402
@@ -139,6 +140,55 @@ def test_the_budget_keeps_what_does_not_fit_from_beginning():
     assert budget.allows("a") and not budget.allows("a", until=0.5) and not budget.allows("a", share=0.5)
     assert not budget.allows("a")  # at 71, and one takes 30
     assert budget.allows("b") and not budget.allows("late")
+
+
+class Driver:
+    """Stands in for torch.cuda: writes down what is asked of it."""
+
+    def __init__(self):
+        self.log: list[str] = []
+        self.total_memory, self.L2_cache_size, self.major, self.minor, self.name = 1 << 36, 1 << 25, 9, 0, "a GPU"
+
+    def __getattr__(self, asked):
+        def answer(*args, **kwargs):
+            self.log.append(asked)
+            answers = {
+                "memory_allocated": 100,
+                "max_memory_allocated": 350,
+                "elapsed_time": 4.0,
+                "stream": nullcontext(),
+            }
+            return answers.get(asked, self)
+
+        return answer
+
+
+def test_what_the_suite_asks_of_cuda(monkeypatch):
+    driver = Driver()
+    monkeypatch.setattr(torch, "cuda", driver)
+    device = Cuda()
+    assert (device.name, device.capability, device.l2_bytes) == ("a GPU", "9.0", 1 << 25)
+    assert device.seconds(lambda: None) == 4e-3
+    assert device.peak_bytes(lambda: driver.log.append("call")) == 250
+    assert driver.log.index("memory_allocated") < driver.log.index("call") < driver.log.index("max_memory_allocated")
+    driver.log.clear()
+    replay = device.capture(lambda: driver.log.append("call"))
+    assert [x for x in driver.log if x != "stream"] == [
+        "synchronize",
+        "CUDAGraph",
+        "capture_begin",
+        "call",
+        "capture_end",
+    ]
+    replay()
+    assert driver.log[-1] == "replay"
+
+    def refused():
+        raise RuntimeError("not permitted")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        device.capture(refused)
+    assert driver.log[-1] == "capture_end"  # or nothing could be launched on the stream any more
 
 
 class Recording(Rehearsal):
