@@ -64,6 +64,11 @@ def _launched(device: Device, call: Call, count: int) -> tuple[float, float]:
     return (time.perf_counter() - start) / count, (launched - start) / count
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, as far as a note has room."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def times(device: Device, providers: Mapping[str, Sequence[Call]]) -> tuple[dict[str, Times], list[str]]:
     """The times of every provider, in turn, and what could not be captured and why.
 
@@ -80,7 +85,7 @@ def times(device: Device, providers: Mapping[str, Sequence[Call]]) -> tuple[dict
         try:
             graphs[name] = [_graph(device, each, estimates[name]) for each in (calls, calls[:1])]
         except RuntimeError as error:
-            notes.append(f"{name} is not captured: {str(error).splitlines()[0]}")
+            notes.append(f"{name} is not captured: {first_line(error)}")
     found: dict[str, list[list[float]]] = {name: [[], [], [], []] for name in providers}
     for _ in range(ROUNDS):
         for name, calls in providers.items():

@@ -20,7 +20,7 @@ from timing import call_of
 from torch import Tensor
 
 from gpu import lora
-from gpu.clocks import Times, copies, copy_rate, replayed, times
+from gpu.clocks import Times, copies, copy_rate, first_line, replayed, times
 from gpu.device import Call, Device
 from gpu.plan import Budget, Unit
 from gpu.report import Measurement, print_group
@@ -143,7 +143,7 @@ class Suite:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a compiler says, the others are still to be timed
-            self.notes.append(f"{unit.label}: {name} failed: {str(error).splitlines()[0]}")
+            self.notes.append(f"{unit.label}: {name} failed: {first_line(error)}")
             return False
         return True
 
