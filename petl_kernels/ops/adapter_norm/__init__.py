@@ -78,13 +78,16 @@ _FAST_BF16 = torch.backends.cpu.get_cpu_capability() == "AVX512" and (
 
 
 def _preference(x: Tensor, *_: Any) -> tuple[str, ...]:
-    # From benchmarks/results. No GPU figures exist yet, and "auto" takes nothing on trust.
-    if x.device.type != "cpu" or (x.dtype == torch.bfloat16 and _FAST_BF16):
-        return ()
-    return ("cpp",)
+    # From benchmarks/results.
+    return () if x.dtype == torch.bfloat16 and _FAST_BF16 else ("cpp",)
 
 
-OP = Op(__name__, impls=("cpp", "triton"), preference=_preference)
+def _sizes(x: Tensor, residual: Any, hidden: Any, w_down: Tensor, *_: Any) -> tuple[int, ...]:
+    r, d = w_down.shape
+    return x.numel() // d, d, r
+
+
+OP = Op(__name__, impls=("cpp", "triton"), preference=_preference, sizes=_sizes)
 
 # `hidden` is None where x itself is the term of the sum; the terms have the dtype of y, x its own. `scale` and `alpha`
 # are the tensor and the float form of the scale. z is the pre-activation [..., r] in x's dtype, mean and rstd are

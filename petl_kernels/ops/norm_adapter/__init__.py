@@ -36,7 +36,12 @@ def _fake_backward(
     return dx, *new_gradients((ln_weight, ln_bias, w_down, b_down, w_up, b_up, scale), needs[1:], z)
 
 
-OP = Op(__name__, impls=("cpp", "triton"), preference=_preference)
+def _sizes(x: Tensor, ln_weight: Any, ln_bias: Any, w_down: Tensor, *_: Any) -> tuple[int, ...]:
+    r, d = w_down.shape
+    return x.numel() // d, d, r
+
+
+OP = Op(__name__, impls=("cpp", "triton"), preference=_preference, sizes=_sizes)
 
 # `scale` and `alpha` are the tensor and the float form of the scale. z is the pre-activation [..., r] in x's dtype,
 # mean and rstd are [rows] (no mean of RMSNorm), all three empty when `save` is false. y has the promoted dtype of x
