@@ -111,7 +111,7 @@ def test_wgmma_and_tma_where_they_were_meant():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here there is a GPU")
 def test_it_imports_without_a_gpu_and_a_call_fails_in_words():
     extension()
-    call = "(0, 0, 1, 49152, False), (1, 1, 1, 1), *[None] * 7, 0, 1.0, 0, None, None"
+    call = "(0, 0, 1, 49152, False), (1, 1, 1, 1), *[None] * 8, 0, 0, 0.0, 1.0, 0, None, None"
     code = f"import petl_kernels._cuda as c; c.bottleneck_forward({call})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1 and "RuntimeError: CUDA driver" in done.stderr, done.stderr

@@ -17,14 +17,16 @@ void* workspace(const py::object& allocate, int64_t bytes) {
   return reinterpret_cast<void*>(bytes ? allocate(bytes).cast<uintptr_t>() : 0);
 }
 
+Dropout dropout(uintptr_t seed, double p) { return {reinterpret_cast<const int64_t*>(seed), p}; }
+
 template <void (*kForward)(const BottleneckForward&, const cuda::Launch&)>
 void bottleneck_forward(const Where& where, std::tuple<int64_t, int64_t, int64_t, int64_t> sizes, const Matrix& x,
                         const Matrix& w_down, const Matrix& b_down, const Matrix& w_up, const Matrix& b_up,
-                        const Matrix& residual, const Matrix& scale, int64_t scale_size, double alpha, int activation,
-                        const Matrix& y, const Matrix& z) {
+                        const Matrix& residual, const Matrix& scale, const Matrix& gate, int64_t scale_size, uintptr_t seed,
+                        double p, double alpha, int activation, const Matrix& y, const Matrix& z) {
   const auto [n, d_in, r, d_out] = sizes;
   kForward({n, d_in, r, d_out, rows(x), rows(w_down), rows(b_down), rows(w_up), rows(b_up), rows(residual), rows(scale),
-            Rows{}, scale_size, Dropout{}, alpha, static_cast<Activation>(activation), rows(y), rows(z), 0},
+            rows(gate), scale_size, dropout(seed, p), alpha, static_cast<Activation>(activation), rows(y), rows(z), 0},
            launch(where));
 }
 
@@ -32,14 +34,15 @@ template <int64_t (*kWorkspace)(const BottleneckBackward&, const cuda::Launch&),
           void (*kBackward)(const BottleneckBackward&, const cuda::Launch&, void*)>
 void bottleneck_backward(const Where& where, std::tuple<int64_t, int64_t, int64_t, int64_t> sizes, const Matrix& g,
                          const Matrix& x, const Matrix& z, const Matrix& w_down, const Matrix& w_up, const Matrix& b_up,
-                         const Matrix& scale, int64_t scale_size, double alpha, int activation, bool add_g,
-                         const Matrix& dx, const Matrix& dw_down, const Matrix& db_down, const Matrix& dw_up,
-                         const Matrix& db_up, const Matrix& dscale, const py::object& allocate) {
+                         const Matrix& scale, const Matrix& gate, int64_t scale_size, uintptr_t seed, double p, double alpha,
+                         int activation, bool add_g, const Matrix& dx, const Matrix& dw_down, const Matrix& db_down,
+                         const Matrix& dw_up, const Matrix& db_up, const Matrix& dscale, const Matrix& dgate,
+                         const py::object& allocate) {
   const auto [n, d_in, r, d_out] = sizes;
   const BottleneckBackward call{n, d_in, r, d_out, rows(g), rows(x), rows(z), rows(w_down), rows(w_up), rows(b_up),
-                                rows(scale), Rows{}, scale_size, Dropout{}, alpha, static_cast<Activation>(activation),
-                                add_g, rows(dx), rows(dw_down), rows(db_down), rows(dw_up), rows(db_up), rows(dscale),
-                                Rows{}, 0};
+                                rows(scale), rows(gate), scale_size, dropout(seed, p), alpha,
+                                static_cast<Activation>(activation), add_g, rows(dx), rows(dw_down), rows(db_down),
+                                rows(dw_up), rows(db_up), rows(dscale), rows(dgate), 0};
   const cuda::Launch on = launch(where);
   kBackward(call, on, workspace(allocate, kWorkspace(call, on)));
 }

@@ -1,30 +1,26 @@
 // The kernel by rows, which is the adapter's forward and the first launch of its backward. Both are two products with
 // something small between:
-//   forward   z  = x w_down^T + b_down,    h  = act(z),         y  = residual + s (h w_up^T + b_up)
-//   backward  dh = (s g) w_up,             dz = dh act'(z),     dx = dz w_down (+ g)
+//   forward   z  = x w_down^T + b_down,    h  = drop(act(z)),             y  = residual + gate s (h w_up^T + b_up)
+//   backward  dh = (s g) w_up,             dz = gate drop(dh) act'(z),    dx = dz w_down (+ g)
 // A block takes kBlockM rows. The wide matrix comes in slabs of 128 bytes a row; so do the weights, and all slabs of both
 // phases pass through one ring of cp.async stages without a stop between the phases. Where what is added at the end is
 // what came in (the sequential adapter) and the slabs of all columns fit, they stay: x is read once. 64 rows of 768
 // columns are 96 KiB in 16 bits. Results take the place of the residual in its slab, and leave in whole sectors.
 #pragma once
 
-#include "activation.h"
-#include "mma.h"
+#include "bottleneck_rows.h"
 
 namespace petl::cuda {
 
-struct AdapterRows {
-  int64_t n;
-  int d_from, r, d_to;  // columns of what comes in, of the bottleneck, of what comes out (0: nothing does)
+struct AdapterRows : Bottleneck {
+  int d_from, d_to;  // columns of what comes in, of what comes out (0: nothing does)
   Source from, w_down, w_up, residual;  // x or g, ..., nothing or what is added
   bool resident;                        // `residual` is `from`, and its slabs stay
   Rows b_down, b_up, scale;
   int scale_size;
   float alpha;
-  Activation activation;
   bool vectors;   // rows of `to` begin on 16 bytes
-  Rows to, z;     // y or dx; z is written in the forward, unless absent, and read in the backward
-  Rows dz, h;     // backward: for the gradients of the parameters; may be absent
+  Rows to;        // y or dx
   float* dscale;  // backward: a float per block, sum of h (g w_up); may be absent
   bool fast;      // floats as tf32
 };
@@ -40,7 +36,7 @@ int64_t weight_stage_bytes(int64_t r) {
 template <typename T>
 int64_t adapter_shared_bytes(int64_t block_m, int stages, int64_t d_from, int64_t r, bool resident) {
   const int64_t slots = resident ? cdiv(d_from, kWidth<T>) : stages;
-  return (slots + cdiv(r, kWidth<T>)) * block_m * kRowBytes + stages * weight_stage_bytes<T>(r) + kWarps * 4;
+  return (slots + cdiv(r, kWidth<T>)) * block_m * kRowBytes + stages * weight_stage_bytes<T>(r) + (kWarps + block_m) * 4;
 }
 
 template <typename T, int kRanks, int kBlockM, bool kBackward>
@@ -62,6 +58,8 @@ __global__ void __launch_bounds__(kThreads, kRanks > 64 ? 1 : 2) adapter_rows_ke
   unsigned char* const slab_memory = shared_memory();
   unsigned char* const weights = slab_memory + slots * kSlab;
   unsigned char* const h_tile = weights + kRing * stage_bytes;  // kWidth ranks after the other
+  float* const shares = reinterpret_cast<float*>(h_tile + cdiv(r, kWidth<T>) * kSlab);  // of dscale, one per warp
+  float* const gated_bias = shares + kWarps;                                            // s g . b_up, one per row
   const void* const factors = kBackward && call.scale_size > 1 ? call.scale.data : nullptr;
 
   // Slab i of the sequence that both phases make up.
@@ -98,8 +96,9 @@ __global__ void __launch_bounds__(kThreads, kRanks > 64 ? 1 : 2) adapter_rows_ke
     copy_async_commit();
   }
 
-  // The first product, [kBlockM, r].
-  float acc[kPairs][2][4] = {};
+  // The first product, [kBlockM, r]. b_up's part of the gate's gradient is one more column, which only a gate asks for.
+  const bool wants_bias = kBackward && call.dgate.data && call.b_up.data && across == 0;
+  float acc[kPairs][2][4] = {}, bias[1][4] = {};
   for (int i = 0; i < slabs; ++i) {
     next_slab(i);
     unsigned char *const tile = slab_of(i), *const stage = weights + i % kRing * stage_bytes;
@@ -119,26 +118,25 @@ __global__ void __launch_bounds__(kThreads, kRanks > 64 ? 1 : 2) adapter_rows_ke
         }
         multiply<T>(acc[p], a, b, call.fast);
       }
+      if (wants_bias) {
+        OperandB b;
+        const int64_t channel = static_cast<int64_t>(i) * kWidth<T> + step * kDeep<T>;
+        fill_operand<T>(b.r[0], [&](int k) {
+          if (channel + k >= call.d_from) return 0.0f;
+          const float value = load_float(call.b_up.data, call.b_up.dtype, channel + k);
+          return factors ? value * load_float(factors, call.scale.dtype, channel + k) : value;
+        });
+        multiply<T>(bias, a, b, call.fast);
+      }
     }
   }
 
   // It goes to shared memory, rounded as eager rounds it: there a loop over its elements holds the activations' code once,
   // not once per accumulator.
   const float s = call.alpha * (call.scale_size == 1 ? load_float(call.scale.data, call.scale.dtype, 0) : 1.0f);
-  const auto h_at = [&](int row, int col) {
-    return element_of<T>(h_tile + col / kWidth<T> * kSlab, row, col % kWidth<T>);
-  };
-  const auto each_element = [&](auto&& f) {
-    for (int row = warp; row < kBlockM; row += kWarps) {
-      for (int col = lane; col < ranks; col += kWarp) f(h_at(row, col), row_0 + row, col, row_0 + row < call.n && col < r);
-    }
-  };
-  const auto z_at = [&](int64_t n, int col) { return static_cast<T*>(call.z.data) + n * call.z.stride + col; };
   const bool wants_dscale = kBackward && call.dscale;
   if (wants_dscale) {  // h, which the accumulators meet before they are scaled and rounded
-    each_element([&](T* at, int64_t n, int col, bool inside) {
-      *at = from_float<T>(inside ? activate(to_float(*z_at(n, col)), call.activation).value : 0.0f);
-    });
+    recompute_rows<T, kBlockM>(call, h_tile, row_0);
     sync_block();
   }
   float dscale = 0;
@@ -149,7 +147,7 @@ __global__ void __launch_bounds__(kThreads, kRanks > 64 ? 1 : 2) adapter_rows_ke
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
       const int col = rank + e / 4 * 8 + lane % 4 * 2 + e % 2, row = down + lane / 4 + e % 4 / 2 * 8;
-      T* const at = h_at(row, col);
+      T* const at = rank_of<T, kBlockM>(h_tile, row, col);
       float value = acc[p][e / 4][e % 4];
       if constexpr (kBackward) {
         if (wants_dscale) dscale += row_0 + row < call.n && col < r ? value * to_float(*at) : 0.0f;
@@ -160,33 +158,32 @@ __global__ void __launch_bounds__(kThreads, kRanks > 64 ? 1 : 2) adapter_rows_ke
       *at = from_float<T>(value);
     }
   }
-  sync_block();
-  each_element([&](T* at, int64_t n, int col, bool inside) {
-    if (!inside) {  // zero must come out: an infinite x times the zeros beside the weights is NaN
-      *at = from_float<T>(0.0f);
-    } else if constexpr (kBackward) {
-      const Activated act = activate(to_float(*z_at(n, col)), call.activation);
-      *at = from_float<T>(to_float(*at) * act.slope);
-      if (call.dz.data) static_cast<T*>(call.dz.data)[n * call.dz.stride + col] = *at;
-      if (call.h.data) static_cast<T*>(call.h.data)[n * call.h.stride + col] = from_float<T>(act.value);
-    } else {
-      if (call.z.data) *z_at(n, col) = *at;
-      *at = from_float<T>(activate(to_float(*at), call.activation).value);
-    }
-  });
+  if (wants_bias && lane % 4 == 0) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) gated_bias[down + lane / 4 + half * 8] = s * bias[0][2 * half];
+  }
   if (wants_dscale) {
-    float* const shares = reinterpret_cast<float*>(h_tile + cdiv(r, kWidth<T>) * kSlab);
-    for (int mask = kWarp / 2; mask > 0; mask /= 2) dscale += shuffle_xor(dscale, mask);
+    dscale = sum_warp(dscale);
     if (lane == 0) shares[warp] = dscale;
-    sync_block();
-    if (threadIdx.x == 0) {
-      float sum = 0;
-      for (int i = 0; i < kWarps; ++i) sum += shares[i];
-      call.dscale[blockIdx.x] = sum;
-    }
+  }
+  sync_block();
+  if constexpr (kBackward) {
+    differentiate_rows<T, kBlockM>(call, h_tile, row_0, call.b_up.data ? gated_bias : nullptr);
+  } else {
+    activate_rows<T, kBlockM>(call, h_tile, row_0);
+  }
+  if (wants_dscale && threadIdx.x == 0) {
+    float sum = 0;
+    for (int i = 0; i < kWarps; ++i) sum += shares[i];
+    call.dscale[blockIdx.x] = sum;
   }
 
   // The second product, slab by slab.
+  float gates[2] = {1, 1};  // of this lane's two rows
+  if constexpr (!kBackward) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) gates[half] = gate_of(call.gate, row_0 + down + lane / 4 + half * 8, call.n);
+  }
   for (int j = 0; j < out_slabs; ++j) {
     next_slab(slabs + j);
     unsigned char *const slab = slab_of(slabs + j), *const stage = weights + (slabs + j) % kRing * stage_bytes;
@@ -221,7 +218,7 @@ __global__ void __launch_bounds__(kThreads, kRanks > 64 ? 1 : 2) adapter_rows_ke
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           T* const at = element_of<T>(slab, down + lane / 4 + half * 8, col);
-          float value = (out[p][e / 2][e % 2 + 2 * half] + bias) * factor;
+          float value = (out[p][e / 2][e % 2 + 2 * half] + bias) * factor * gates[half];
           if (call.residual.data) value += to_float(*at);
           *at = from_float<T>(value);
         }

@@ -85,10 +85,6 @@ __global__ void __launch_bounds__(kThreads) adapter_sums_kernel(const __grid_con
     if (!call.param_b_up.data) return 0.0f;
     return load_float(call.param_b_up.data, call.param_b_up.dtype, c) * sum_groups(call.b_up, call.groups, call.d_out, c);
   };
-  const auto sum_warp = [](float value) {
-    for (int mask = kWarp / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
-    return value;
-  };
   if (call.scale_size > 1) {  // w_up[c] . M[c] + b_up[c] sum g[:, c]
     const int64_t c = i / kWarp;
     if (c >= call.d_out) return;
@@ -124,7 +120,7 @@ Plan plan(const BottleneckBackward& c, const Launch& launch) {
   p.sums_g = static_cast<bool>(c.db_up) || (scale && c.b_up);
   p.h = static_cast<bool>(c.dw_up) || p.channel_scale;
   p.up = p.h || p.sums_g;
-  p.first = static_cast<bool>(c.dx) || p.down || p.dscale;
+  p.first = static_cast<bool>(c.dx) || p.down || p.dscale || c.dgate;
   p.tall = tall_blocks(c.n, launch);
 
   const int64_t element = element_bytes(c.g.dtype), width = 256 / element;
@@ -159,7 +155,8 @@ void bottleneck_forward(const BottleneckForward& c, const Launch& launch) {
   rows.w_up = source(c.w_up, c.d_out, c.r), rows.residual = source(c.residual, c.n, c.d_out);
   rows.b_down = c.b_down, rows.b_up = c.b_up, rows.scale = c.scale;
   rows.scale_size = static_cast<int>(c.scale_size), rows.alpha = static_cast<float>(c.alpha);
-  rows.activation = c.activation, rows.vectors = on_16_bytes(c.y), rows.to = c.y, rows.z = c.z, rows.fast = launch.fast;
+  rows.activation = c.activation, rows.dropout = keep(c.dropout), rows.gate = c.gate;
+  rows.vectors = on_16_bytes(c.y), rows.to = c.y, rows.z = c.z, rows.fast = launch.fast;
   const bool resident = c.residual && c.residual.data == c.x.data && c.residual.stride == c.x.stride && c.d_in == c.d_out;
   with_type(c.x.dtype, [&](auto* tag) {
     by_rows<std::remove_pointer_t<decltype(tag)>, false>(rows, launch, resident, tall_blocks(c.n, launch));
@@ -182,9 +179,11 @@ void bottleneck_backward(const BottleneckBackward& c, const Launch& launch, void
   rows.d_to = c.dx ? static_cast<int>(c.d_in) : 0;
   rows.from = source(c.g, c.n, c.d_out), rows.w_down = source(c.w_down, c.r, c.d_in);
   rows.w_up = source(c.w_up, c.d_out, c.r), rows.residual = source(c.add_g ? c.g : Rows{}, c.n, c.d_in);
-  rows.scale = c.scale, rows.scale_size = static_cast<int>(c.scale_size), rows.alpha = static_cast<float>(c.alpha);
-  rows.activation = c.activation, rows.vectors = on_16_bytes(c.dx), rows.to = c.dx, rows.z = c.z, rows.dz = dz, rows.h = h;
-  rows.dscale = scale_parts, rows.fast = launch.fast;
+  rows.b_up = c.b_up, rows.scale = c.scale;
+  rows.scale_size = static_cast<int>(c.scale_size), rows.alpha = static_cast<float>(c.alpha);
+  rows.activation = c.activation, rows.dropout = keep(c.dropout), rows.gate = c.gate;
+  rows.vectors = on_16_bytes(c.dx), rows.to = c.dx, rows.z = c.z, rows.dz = dz, rows.h = h;
+  rows.dscale = scale_parts, rows.dgate = c.dgate, rows.fast = launch.fast;
 
   TallProducts products{};
   products.n = c.n, products.group_rows = p.group_rows, products.fast = launch.fast;
@@ -201,7 +200,7 @@ void bottleneck_backward(const BottleneckBackward& c, const Launch& launch, void
     // Of sums of g alone the other operand has no columns.
     const Source other = p.h ? source(h, c.n, c.r) : source(c.g, c.n, 0);
     products.products[products.count++] = {other, source(c.g, c.n, c.d_out), nullptr, floats(p.h, p.at_w_up),
-                                           nullptr, floats(p.sums_g, p.at_b_up), 1, c.r};
+                                           nullptr, floats(p.sums_g, p.at_b_up), 1, c.r, c.gate};
     widest = std::max(widest, c.d_out);
   }
 

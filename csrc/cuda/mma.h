@@ -66,6 +66,22 @@ PETL_DEVICE void load_b_transposed(OperandB& b, unsigned char* tile, int n, int 
   }
 }
 
+// One step of a vector, the same in every row of A (registers 2 i and 2 i + 1 take k[i]) or column of B: f(k) is element k.
+template <typename T, typename F>
+PETL_DEVICE void fill_operand(uint32_t (&k)[2], F&& f) {
+  const int t = lane_of_thread() % 4;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if constexpr (sizeof(T) == 2) {
+      const int at = 2 * t + 8 * i;
+      const T low = from_float<T>(f(at)), high = from_float<T>(f(at + 1));
+      k[i] = low.bits | static_cast<uint32_t>(high.bits) << 16;
+    } else {
+      k[i] = float_to_bits(f(t + 4 * i));
+    }
+  }
+}
+
 // A float as the sum of two tf32, to its last bit or but one. An infinity must meet the other operand once only: zero is
 // its small part, and zero stands for it (`finite`) where it would meet the other's small part, zero as often as not.
 struct Split {
@@ -78,14 +94,14 @@ PETL_DEVICE Split split(uint32_t bits) {
   return {big, finite ? to_tf32(value - bits_to_float(big)) : 0u, finite ? big : 0u};
 }
 
-// c += a b for 16 rows and two times 8 columns. Of floats in full precision four products, in tf32 (`fast`) one. The four
+// c += a b for 16 rows and kNeighbours times 8 columns, one or two. Of floats in full precision four products, in tf32 (`fast`) one. The four
 // are added up by themselves, from the small to the large, and then to c by ordinary addition: tensor cores round every
 // sum towards zero, which over a thousand rows would show.
-template <typename T>
-PETL_DEVICE void multiply(float (&c)[2][4], const OperandA& a, const OperandB& b, bool fast) {
+template <typename T, int kNeighbours>
+PETL_DEVICE void multiply(float (&c)[kNeighbours][4], const OperandA& a, const OperandB& b, bool fast) {
   if constexpr (sizeof(T) == 2) {
 #pragma unroll
-    for (int j = 0; j < 2; ++j) mma<T>(c[j], a.r, b.r[j]);
+    for (int j = 0; j < kNeighbours; ++j) mma<T>(c[j], a.r, b.r[j]);
   } else {
     uint32_t a_big[4], a_small[4], a_finite[4];
 #pragma unroll
@@ -94,7 +110,7 @@ PETL_DEVICE void multiply(float (&c)[2][4], const OperandA& a, const OperandB& b
       a_big[i] = s.big, a_small[i] = s.small, a_finite[i] = s.finite;
     }
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
+    for (int j = 0; j < kNeighbours; ++j) {
       uint32_t b_big[2], b_small[2], b_finite[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {

@@ -52,6 +52,7 @@ namespace petl::cuda {
 PETL_DEVICE void sync_block() { __syncthreads(); }
 PETL_DEVICE void sync_warp() { __syncwarp(); }
 PETL_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+PETL_DEVICE float shuffle(float value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
 
 // The dynamic shared memory of the block, on the 128 bytes that a row of a tile begins on.
 PETL_DEVICE unsigned char* shared_memory() {

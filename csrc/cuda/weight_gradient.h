@@ -1,7 +1,8 @@
 // Products over the rows of tall matrices, P^T Q: the gradients of weights. A block takes 64 columns of P and two tiles'
 // width of Q over one group of rows and writes its partial sum; `sum_groups` adds the groups in their order, so that
 // every run gives the same bits. The sums of the columns of P and Q (the biases) come from the same operands: a column of
-// ones beside P and one beside Q, which cost a product each and no memory.
+// ones beside P and one beside Q, which cost a product each and no memory. Where rows of Q have a gate it takes the place of
+// the ones beside Q.
 #pragma once
 
 #include "mma.h"
@@ -20,6 +21,7 @@ struct TallProduct {
   const int64_t* channels;  // the columns of P to take, or null: as they come
   float *out, *p_sum, *q_sum;
   int64_t out_k, out_c;
+  Rows gate{};  // rows of one element, or absent
 };
 struct TallProducts {
   int64_t n, group_rows;
@@ -70,7 +72,7 @@ PETL_DEVICE uint32_t one() {
 }
 
 template <typename T, bool kGather>
-__global__ void __launch_bounds__(kThreads) tall_products_kernel(const __grid_constant__ TallProducts call) {
+__global__ void __launch_bounds__(kThreads, 2) tall_products_kernel(const __grid_constant__ TallProducts call) {
   constexpr int kAcross = 4, kDownTiles = 2;                      // 2 x 4 warps, each 32 ranks
   constexpr int kPairs = kGradientWidth<T> / 16 / kAcross;        // times 2 (16 bits) or 1 (floats) of 16 columns
   constexpr int kPTiles = kGradientRanks / kWidth<T>, kTile = kGroupRows * kRowBytes, kStage = (kPTiles + 2) * kTile;
@@ -121,14 +123,29 @@ __global__ void __launch_bounds__(kThreads) tall_products_kernel(const __grid_co
   OperandB ones_b;
 #pragma unroll
   for (int i = 0; i < 4; ++i) ones_a.r[i] = ones_b.r[i / 2][i % 2] = one<T>();
+  // A lane has the gate of one row of a stage, and asks for the next one a stage ahead.
+  const bool gated = !kGather && sums_q && product.gate.data;
+  const auto gate_in = [&](int i) {
+    const int64_t row = begin + static_cast<int64_t>(i) * kGroupRows + lane;
+    return row < end ? load_float(product.gate.data, product.gate.dtype, row * product.gate.stride) : 0.0f;
+  };
+  float gate_ahead = gated ? gate_in(0) : 0.0f;
   for (int i = 0; i < steps; ++i) {
+    const float gate = gate_ahead;
+    if (gated) gate_ahead = gate_in(i + 1);
     copy_async_wait<kGradientStages - 2>();
     sync_block();
     if (i + kGradientStages - 1 < steps) load_rows(i + kGradientStages - 1);
     copy_async_commit();
     unsigned char* const stage = shared_memory() + i % kGradientStages * kStage;
-#pragma unroll
+#pragma unroll 2
     for (int k = 0; k < kGroupRows; k += kDeep<T>) {
+      if (gated) {
+        uint32_t gates[2];
+        fill_operand<T>(gates, [&](int row) { return shuffle(gate, k + row); });
+#pragma unroll
+        for (int j = 0; j < 4; ++j) ones_a.r[j] = gates[j / 2];
+      }
       OperandA a[kDownTiles];
 #pragma unroll
       for (int m = 0; m < kDownTiles; ++m) {

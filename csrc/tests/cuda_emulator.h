@@ -43,6 +43,18 @@ inline float shuffle_xor(float value, int mask) {
       &value, &mask, &got);
   return got;
 }
+inline float shuffle(float value, int lane) {
+  float got = 0;
+  emulator::meet_warp(
+      [](emulator::Arrival* lanes) {
+        for (int i = 0; i < kWarp; ++i) {
+          const int other = *static_cast<const int*>(lanes[i].in[1]);
+          *static_cast<float*>(lanes[i].out) = *static_cast<const float*>(lanes[other].in[0]);
+        }
+      },
+      &value, &lane, &got);
+  return got;
+}
 inline unsigned char* shared_memory() { return emulator::machine.block().shared.data(); }
 
 // --- conversions ---------------------------------------------------------------------------------------------------

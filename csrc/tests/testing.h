@@ -99,6 +99,14 @@ struct Stored {
     return NAN;
   }
 
+  Values values() const {
+    Values all(static_cast<size_t>(n * cols));
+    for (size_t e = 0; e < all.size(); ++e) {
+      all[e] = (*this)(static_cast<int64_t>(e) / cols, static_cast<int64_t>(e) % cols);
+    }
+    return all;
+  }
+
   void put(int64_t i, int64_t j, double value) {  // one that the storage type holds exactly
     const float single = static_cast<float>(value);
     uint32_t bits;

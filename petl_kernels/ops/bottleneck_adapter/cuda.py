@@ -14,14 +14,10 @@ from petl_kernels.ops._rows import row_major, rows
 from petl_kernels.ops.bottleneck_adapter.reference import CODES
 
 
-def unsupported(x: Tensor, w_down: Tensor, *rest: Any) -> str | None:
+def unsupported(x: Tensor, w_down: Tensor, *_: Any) -> str | None:
     """Why these kernels cannot run a (validated) call, or None when they can."""
     if reason := cannot_run(x, w_down):
         return reason
-    *_, gate, _seed, dropout, activation = rest
-    for what, asked in (("a gate", gate is not None), ("dropout", dropout), ("a softmax", activation == "softmax")):
-        if asked:
-            return f"it does not compute {what} yet; Triton does"
     # h and two slabs of weights of a block are in shared memory, of which some devices have 99 KiB.
     widest = 224 if x.dtype == torch.float32 else 256
     if w_down.shape[0] > widest:
@@ -56,12 +52,14 @@ def forward(
     if y.numel() > 0:
         x_rows = row_major(x)
         added = x_rows if added is x else row_major(added)
-        inputs = [x_rows, *map(row_major, (w_down, b_down, w_up, b_up)), added, row_major(scale)]
+        inputs = [x_rows, *map(row_major, (w_down, b_down, w_up, b_up)), added, row_major(scale), row_major(gate)]
         _cuda.bottleneck_forward(
             launch_on(x.device),
             (y.numel() // d_out, d_in, r, d_out),
             *map(rows, inputs),
             0 if scale is None else scale.numel(),
+            0 if seed is None else seed.data_ptr(),
+            dropout,
             float(alpha),
             CODES[activation],
             rows(y),
@@ -94,16 +92,18 @@ def backward(
     if g.numel() == 0:
         return dx, *(grad.zero_() for grad in grads)
     g = g.to(z.dtype)  # of a residual of another dtype
-    inputs = [row_major(t) for t in (g, x, z, w_down, w_up, b_up, scale)]
+    inputs = [row_major(t) for t in (g, x, z, w_down, w_up, b_up, scale, gate)]
     _cuda.bottleneck_backward(
         launch_on(g.device),
         (g.numel() // d_out, d_in, r, d_out),
         *map(rows, inputs),
         0 if scale is None else scale.numel(),
+        0 if seed is None else seed.data_ptr(),
+        dropout,
         float(alpha),
         CODES[activation],
         add_g,
-        *(rows(t) if need else None for t, need in zip((dx, *grads[:-1]), needs)),
+        *(rows(t) if need else None for t, need in zip((dx, *grads), needs)),
         Workspace(g.device),
     )
     return dx, *grads

@@ -20,6 +20,7 @@ from petl_kernels.ops.bottleneck_adapter.reference import CODES
 if not hasattr(_cuda, "bottleneck_forward_sm90"):
     raise ImportError("petl_kernels was built without its kernels for sm_90a: PETL_KERNELS_CUDA_ARCHS has no 90a")
 
+_NO_DROPOUT = (0, 0.0)  # the address of a seed, and the probability
 _WIDEST = 8 * 128  # a cluster is at most 8 blocks, which have 128 columns each
 
 
@@ -34,7 +35,10 @@ def unsupported(x: Tensor, w_down: Tensor, b_down: Tensor | None, w_up: Tensor, 
 
 def unfit(x: Tensor, w_down: Tensor, b_down: Tensor | None, w_up: Tensor, *rest: Any) -> str | None:
     """Why tensor maps and tiles of 64 x 64 do not fit a call, on whatever device it is."""
-    _, residual, *_ = rest
+    _, residual, _, gate, _, dropout, activation = rest
+    for what, asked in (("a gate", gate is not None), ("dropout", dropout), ("a softmax", activation == "softmax")):
+        if asked:
+            return f"it does not compute {what}; impl='cuda' does"
     dtypes = [t.dtype for t in (x, residual) if t is not None]
     if x.dtype not in (torch.bfloat16, torch.float16) or any(dtype != x.dtype for dtype in dtypes):
         return f"it needs one 16-bit dtype for x and residual, got {', '.join(map(str, dtypes))}"
@@ -82,8 +86,9 @@ def forward(
         _cuda.bottleneck_forward_sm90(
             launch_on(x.device),
             (y.numel() // d_out, d_in, r, d_out),
-            *map(rows, (x_rows, *weights, added, row_major(scale))),
+            *map(rows, (x_rows, *weights, added, row_major(scale), None)),
             0 if scale is None else scale.numel(),
+            *_NO_DROPOUT,
             float(alpha),
             CODES[activation],
             rows(y),
@@ -119,12 +124,13 @@ def backward(
     _cuda.bottleneck_backward_sm90(
         launch_on(g.device),
         (g.numel() // d_out, d_in, r, d_out),
-        *map(rows, inputs),
+        *map(rows, (*inputs, None)),
         0 if scale is None else scale.numel(),
+        *_NO_DROPOUT,
         float(alpha),
         CODES[activation],
         add_g,
-        *(rows(t) if need else None for t, need in zip((dx, *grads[:-1]), needs)),
+        *(rows(t) if need else None for t, need in zip((dx, *grads), needs)),
         Workspace(g.device),
     )
     return dx, *grads
