@@ -120,15 +120,20 @@ __global__ void __launch_bounds__(kThreads, 1) adapter_backward_sm90_kernel(cons
 #pragma unroll 1
     for (int row = rank * rows + warp; row < end; row += kWarps) {
       const int col = 2 * lane;
-      float sum[2] = {};
-      for (int b = 0; b < blocks; ++b) {
-        const Pair part = load_remote(partial + row * kPartialStride + col, b);
-        sum[0] += part.x, sum[1] += part.y;
+      const bool inside = row_0 + row < call.n && col < call.r;
+      const T* const z_at = static_cast<const T*>(call.z.data) + (row_0 + row) * call.z.stride + col;
+      const uint32_t z_bits = inside ? *reinterpret_cast<const uint32_t*>(z_at) : 0;
+      Pair parts[kMostBlocks];  // all are asked for before the first is added
+#pragma unroll
+      for (int b = 0; b < kMostBlocks; ++b) {
+        parts[b] = b < blocks ? load_remote(partial + row * kPartialStride + col, b) : Pair{0, 0};
       }
+      float sum[2] = {};
+#pragma unroll
+      for (int b = 0; b < kMostBlocks; ++b) sum[0] += parts[b].x, sum[1] += parts[b].y;
       uint32_t dz = 0, h = 0;  // zero outside: what is infinite elsewhere meets these
-      if (row_0 + row < call.n && col < call.r) {
-        const T* const z_at = static_cast<const T*>(call.z.data) + (row_0 + row) * call.z.stride + col;
-        const Pair z = unpack<T>(*reinterpret_cast<const uint32_t*>(z_at));
+      if (inside) {
+        const Pair z = unpack<T>(z_bits);
         const Activated low = activate(z.x, call.activation), high = activate(z.y, call.activation);
         dz = pack<T>(sum[0] * s * low.slope, sum[1] * s * high.slope), h = pack<T>(low.value, high.value);
         dscale += sum[0] * low.value + sum[1] * high.value;
@@ -141,6 +146,7 @@ __global__ void __launch_bounds__(kThreads, 1) adapter_backward_sm90_kernel(cons
     fence_async();
     cluster_arrive();
     cluster_wait();
+    fence_async();  // the readers' too: what they read, threads of other blocks have stored
 
     float out[32];
     wgmma_fence();
