@@ -1,4 +1,4 @@
-"""What Triton kernels share: sums of the partial sums of groups of rows, in a fixed order, and dropout."""
+"""What Triton kernels share: tiles of matrices, sums of groups of rows in a fixed order, and dropout."""
 
 # mypy: ignore-errors
 # In Triton an annotation is no type: it marks a constant of compilation.
@@ -7,6 +7,25 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def load_tile(ptr, rows, stride_row, n_rows, cols, stride_col, n_cols):
+    """The tile [rows, cols] of a matrix of n_rows x n_cols; zero outside."""
+    mask = (rows[:, None] < n_rows) & (cols[None, :] < n_cols)
+    return tl.load(ptr + rows[:, None] * stride_row + cols[None, :] * stride_col, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(ptr, value, rows, stride_row, n_rows, cols, stride_col, n_cols):
+    mask = (rows[:, None] < n_rows) & (cols[None, :] < n_cols)
+    tl.store(ptr + rows[:, None] * stride_row + cols[None, :] * stride_col, value, mask=mask)
+
+
+@triton.jit
+def load_of_rows(ptr, rows, n):
+    """One number of each row, in float32."""
+    return tl.load(ptr + rows, mask=rows < n, other=0.0).to(tl.float32)
 
 
 @triton.jit

@@ -14,12 +14,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from petl_kernels.ops._triton_kernels import load_tile, store_tile
 from petl_kernels.ops.bottleneck_adapter.triton_activations import activate
 from petl_kernels.ops.bottleneck_adapter.triton_kernels import (
     _bottleneck_adapter_bwd_dz_kernel,
     _bottleneck_adapter_fwd_kernel,
-    _load,
-    _store,
 )
 
 
@@ -172,7 +171,7 @@ def _adapter_bank_bwd_dz_kernel(
             nothing = tl.full((BLOCK_M, BLOCK_D), float("nan"), tl.float32)
             for start in range(0, D_IN, BLOCK_D):
                 cols = start + tl.arange(0, BLOCK_D)
-                _store(dx_ptr + sample * n * D_IN, nothing, rows, D_IN, n, cols, 1, D_IN)
+                store_tile(dx_ptr + sample * n * D_IN, nothing, rows, D_IN, n, cols, 1, D_IN)
 
 
 @triton.jit
@@ -264,26 +263,26 @@ def _adapter_bank_bwd_slab_kernel(
     if dx_ptr is not None:
         w_down_ptr = _parameter(table_ptr, task, 0, DTYPE, ALIGNED)
         if CHUNKS == 1:
-            w_down = _load(w_down_ptr, ranks, D_IN, R, cols, 1, D_IN).to(dz_ptr.dtype.element_ty)
+            w_down = load_tile(w_down_ptr, ranks, D_IN, R, cols, 1, D_IN).to(dz_ptr.dtype.element_ty)
     for start in range(begin, end, BLOCK_M):
         places = start + tl.arange(0, BLOCK_M)
         inside = places < end
         rows = tl.load(order_ptr + places // n, mask=inside, other=0).to(tl.int64) * n + places % n
         rows = tl.where(inside, rows, total)
         if WANT_G:
-            g = _load(g_ptr, rows, stride_gm, total, cols, 1, D_OUT)
+            g = load_tile(g_ptr, rows, stride_gm, total, cols, 1, D_OUT)
         if dw_up_ptr is not None:
-            z = _load(z_ptr, rows, R, total, ranks, 1, R)
+            z = load_tile(z_ptr, rows, R, total, ranks, 1, R)
             h = activate(z.to(tl.float32), ACTIVATION).to(z.dtype)
             dw_up = tl.dot(tl.trans(h), g.to(z.dtype), dw_up, input_precision=PRECISION)
         if db_up_ptr is not None:
             db_up += tl.sum(g.to(tl.float32), 0)
         if WANT_DZ:
-            dz = _load(dz_ptr, rows, R, total, ranks, 1, R)
+            dz = load_tile(dz_ptr, rows, R, total, ranks, 1, R)
         if db_down_ptr is not None:
             db_down += tl.sum(dz.to(tl.float32), 0)
         if dw_down_ptr is not None:
-            x = _load(x_ptr, rows, stride_xm, total, cols, 1, D_IN)
+            x = load_tile(x_ptr, rows, stride_xm, total, cols, 1, D_IN)
             dw_down = tl.dot(tl.trans(dz), x, dw_down, input_precision=PRECISION)
         if dx_ptr is not None and chunk == 0:
             if CHUNKS == 1:
@@ -292,21 +291,21 @@ def _adapter_bank_bwd_slab_kernel(
                 dx = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
                 for k in range(0, R, BLOCK_R):
                     every = k + tl.arange(0, BLOCK_R)
-                    dz_k = _load(dz_ptr, rows, R, total, every, 1, R)
-                    w_k = _load(w_down_ptr, every, D_IN, R, cols, 1, D_IN).to(dz_k.dtype)
+                    dz_k = load_tile(dz_ptr, rows, R, total, every, 1, R)
+                    w_k = load_tile(w_down_ptr, every, D_IN, R, cols, 1, D_IN).to(dz_k.dtype)
                     dx = tl.dot(dz_k, w_k, dx, input_precision=PRECISION)
             if ADD_G:
                 dx += g.to(tl.float32)
-            _store(dx_ptr, dx, rows, D_IN, total, cols, 1, D_IN)
+            store_tile(dx_ptr, dx, rows, D_IN, total, cols, 1, D_IN)
 
     if trains:
         s = tl.cast(alpha, tl.float32)
         if dw_down_ptr is not None:
-            _store(dw_down_ptr + piece * (R * D_IN), dw_down, ranks, D_IN, R, cols, 1, D_IN)
+            store_tile(dw_down_ptr + piece * (R * D_IN), dw_down, ranks, D_IN, R, cols, 1, D_IN)
         if db_down_ptr is not None:
             tl.store(db_down_ptr + piece * R + ranks, db_down, mask=(ranks < R) & (tl.program_id(0) == 0))
         if dw_up_ptr is not None:
-            _store(dw_up_ptr + piece * (D_OUT * R), dw_up * s, ranks, 1, R, cols, R, D_OUT)
+            store_tile(dw_up_ptr + piece * (D_OUT * R), dw_up * s, ranks, 1, R, cols, R, D_OUT)
         if db_up_ptr is not None:
             tl.store(db_up_ptr + piece * D_OUT + cols, db_up * s, mask=(cols < D_OUT) & (chunk == 0))
 

@@ -14,10 +14,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from petl_kernels.ops._triton_kernels import sum_all, sum_groups
+from petl_kernels.ops._triton_kernels import load_tile, store_tile, sum_all, sum_groups
 from petl_kernels.ops._triton_norm import add_statistics, finish_statistics, parameter
 from petl_kernels.ops.bottleneck_adapter.triton_activations import activate, activate_grad, softmax, softmax_grad
-from petl_kernels.ops.bottleneck_adapter.triton_kernels import _load, _store, _up_slab
+from petl_kernels.ops.bottleneck_adapter.triton_kernels import _up_slab
 
 
 @triton.jit
@@ -41,12 +41,12 @@ def _sum_slab(
     PRECISION: tl.constexpr,
 ):
     """The columns `cols` of u = term + residual + scale * (h w_up^T + b_up); without a term what is left of it."""
-    w = _load(w_up_ptr, ranks, 1, R, cols, R, D)
+    w = load_tile(w_up_ptr, ranks, 1, R, cols, R, D)
     u = _up_slab(h, w, cols, D, b_up_ptr, None, scale_ptr, alpha, CHANNEL_SCALE, PRECISION)
     if term_ptr is not None:
-        u += _load(term_ptr, rows, stride_tm, n, cols, 1, D).to(tl.float32)
+        u += load_tile(term_ptr, rows, stride_tm, n, cols, 1, D).to(tl.float32)
     if residual_ptr is not None:
-        u += _load(residual_ptr, rows, stride_rm, n, cols, 1, D).to(tl.float32)
+        u += load_tile(residual_ptr, rows, stride_rm, n, cols, 1, D).to(tl.float32)
     return u
 
 
@@ -95,21 +95,21 @@ def _adapter_norm_fwd_kernel(
     held = ()
     if HELD and hidden_ptr is None:
         for i in tl.static_range(SLABS):
-            x = _load(x_ptr, rows, stride_xm, n, cols + i * BLOCK_D, 1, D_IN)
-            w = _load(w_down_ptr, cols + i * BLOCK_D, 1, D_IN, ranks, D_IN, R)
+            x = load_tile(x_ptr, rows, stride_xm, n, cols + i * BLOCK_D, 1, D_IN)
+            w = load_tile(w_down_ptr, cols + i * BLOCK_D, 1, D_IN, ranks, D_IN, R)
             z = tl.dot(x, w.to(dtype), z, input_precision=PRECISION)
             held = held + (x,)  # noqa: RUF005 (Triton compiles no starred expression)
     else:
         for start in range(0, D_IN, BLOCK_D):
-            x = _load(x_ptr, rows, stride_xm, n, start + cols, 1, D_IN)
-            w = _load(w_down_ptr, start + cols, 1, D_IN, ranks, D_IN, R)
+            x = load_tile(x_ptr, rows, stride_xm, n, start + cols, 1, D_IN)
+            w = load_tile(w_down_ptr, start + cols, 1, D_IN, ranks, D_IN, R)
             z = tl.dot(x, w.to(dtype), z, input_precision=PRECISION)
     if b_down_ptr is not None:
         z += tl.load(b_down_ptr + ranks, mask=ranks < R, other=0.0).to(tl.float32)[None, :]
     if ACTIVATION == "softmax":
         z = softmax(z, ranks, R)
     if z_ptr is not None:
-        _store(z_ptr, z, rows, R, n, ranks, 1, R)
+        store_tile(z_ptr, z, rows, R, n, ranks, 1, R)
     h = tl.where(ranks[None, :] < R, activate(z, ACTIVATION), 0.0).to(dtype)
 
     # Without `hidden` and held the term is in registers, not read again.
@@ -145,7 +145,7 @@ def _adapter_norm_fwd_kernel(
             out = cols + i * BLOCK_D
             normal = ((sums[i] - shift[:, None]) - mean[:, None]) * rstd[:, None]
             y = normal * parameter(ln_weight_ptr, out, D, 1.0) + parameter(ln_bias_ptr, out, D, 0.0)
-            _store(y_ptr, y, rows, D, n, out, 1, D)
+            store_tile(y_ptr, y, rows, D, n, out, 1, D)
     else:
         for start in range(0, D, BLOCK_D):
             out = start + cols
@@ -155,7 +155,7 @@ def _adapter_norm_fwd_kernel(
             )  # fmt: skip
             normal = ((u - shift[:, None]) - mean[:, None]) * rstd[:, None]
             y = normal * parameter(ln_weight_ptr, out, D, 1.0) + parameter(ln_bias_ptr, out, D, 0.0)
-            _store(y_ptr, y, rows, D, n, out, 1, D)
+            store_tile(y_ptr, y, rows, D, n, out, 1, D)
     if mean_ptr is not None:
         tl.store(mean_ptr + rows, shift + mean, mask=rows < n)
     if rstd_ptr is not None:
@@ -191,7 +191,7 @@ def _grad_and_normal(
         h, term_ptr, residual_ptr, w_up_ptr, b_up_ptr, scale_ptr, rows, n, stride_tm, stride_rm,
         cols, ranks, alpha, D, R, CHANNEL_SCALE, PRECISION,
     )  # fmt: skip
-    g = _load(g_ptr, rows, stride_gm, n, cols, 1, D)
+    g = load_tile(g_ptr, rows, stride_gm, n, cols, 1, D)
     return g, tl.where(cols[None, :] < D, (u - mean) * rstd, 0.0)
 
 
@@ -252,7 +252,7 @@ def _adapter_norm_bwd_row_kernel(
     ranks = tl.arange(0, BLOCK_R)
     dtype = z_ptr.dtype.element_ty
 
-    z = _load(z_ptr, rows, R, n, ranks, 1, R).to(tl.float32)
+    z = load_tile(z_ptr, rows, R, n, ranks, 1, R).to(tl.float32)
     h = tl.where(ranks[None, :] < R, activate(z, ACTIVATION), 0.0).to(dtype)
     rstd = tl.load(rstd_ptr + rows, mask=rows < n, other=0.0)[:, None]
     mean = tl.zeros((BLOCK_M, 1), tl.float32)
@@ -281,15 +281,15 @@ def _adapter_norm_bwd_row_kernel(
             offset = tl.zeros((BLOCK_M,), tl.float32)
         for i in tl.static_range(SLABS):
             out = cols + i * BLOCK_D
-            g = gs[i] if HOLD_G else _load(g_ptr, rows, stride_gm, n, out, 1, D)
+            g = gs[i] if HOLD_G else load_tile(g_ptr, rows, stride_gm, n, out, 1, D)
             gw = g.to(tl.float32) * parameter(ln_weight_ptr, out, D, 1.0)
             du = (gw - offset[:, None] - normals[i] * slope[:, None]) * rstd
             if du_ptr is not None:
-                _store(du_ptr, du, rows, D, n, out, 1, D)
+                store_tile(du_ptr, du, rows, D, n, out, 1, D)
             if dz_ptr is not None:
                 if CHANNEL_SCALE:
                     du *= parameter(scale_ptr, out, D, 1.0)
-                w = _load(w_up_ptr, out, R, D, ranks, 1, R)
+                w = load_tile(w_up_ptr, out, R, D, ranks, 1, R)
                 dh = tl.dot(du.to(dtype), w.to(dtype), dh, input_precision=PRECISION)
     else:
         for start in range(0, D, BLOCK_D):
@@ -313,18 +313,18 @@ def _adapter_norm_bwd_row_kernel(
             gw = g.to(tl.float32) * parameter(ln_weight_ptr, out, D, 1.0)
             du = (gw - offset[:, None] - normal * slope[:, None]) * rstd
             if du_ptr is not None:
-                _store(du_ptr, du, rows, D, n, out, 1, D)
+                store_tile(du_ptr, du, rows, D, n, out, 1, D)
             if dz_ptr is not None:
                 if CHANNEL_SCALE:
                     du *= parameter(scale_ptr, out, D, 1.0)
-                w = _load(w_up_ptr, out, R, D, ranks, 1, R)
+                w = load_tile(w_up_ptr, out, R, D, ranks, 1, R)
                 dh = tl.dot(du.to(dtype), w.to(dtype), dh, input_precision=PRECISION)
     if dz_ptr is not None:
         if not CHANNEL_SCALE and scale_ptr is not None:
             dh *= tl.load(scale_ptr).to(tl.float32)
         dh *= tl.cast(alpha, tl.float32)
         dz = softmax_grad(dh, z, ranks, R) if ACTIVATION == "softmax" else activate_grad(dh, z, ACTIVATION)
-        _store(dz_ptr, dz, rows, R, n, ranks, 1, R)
+        store_tile(dz_ptr, dz, rows, R, n, ranks, 1, R)
 
 
 @triton.jit

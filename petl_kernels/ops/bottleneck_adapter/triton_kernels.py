@@ -14,27 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from petl_kernels.ops._triton_kernels import keep, sum_all, sum_groups
+from petl_kernels.ops._triton_kernels import keep, load_of_rows, load_tile, store_tile, sum_all, sum_groups
 from petl_kernels.ops.bottleneck_adapter.triton_activations import activate, activate_grad, softmax, softmax_grad
-
-
-@triton.jit
-def _load(ptr, rows, stride_row, n_rows, cols, stride_col, n_cols):
-    """The tile [rows, cols] of a matrix of n_rows x n_cols; zero outside."""
-    mask = (rows[:, None] < n_rows) & (cols[None, :] < n_cols)
-    return tl.load(ptr + rows[:, None] * stride_row + cols[None, :] * stride_col, mask=mask, other=0.0)
-
-
-@triton.jit
-def _store(ptr, value, rows, stride_row, n_rows, cols, stride_col, n_cols):
-    mask = (rows[:, None] < n_rows) & (cols[None, :] < n_cols)
-    tl.store(ptr + rows[:, None] * stride_row + cols[None, :] * stride_col, value, mask=mask)
-
-
-@triton.jit
-def _load_of_rows(ptr, rows, n):
-    """One number of each row, in float32."""
-    return tl.load(ptr + rows, mask=rows < n, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -107,54 +88,54 @@ def _bottleneck_adapter_fwd_kernel(
     x_tiles = ()
     if HELD > 0:
         for i in tl.static_range(HELD):
-            x = _load(x_ptr, rows, stride_xm, n, cols + i * BLOCK_D, 1, D_IN)
+            x = load_tile(x_ptr, rows, stride_xm, n, cols + i * BLOCK_D, 1, D_IN)
             x_tiles = x_tiles + (x,)  # noqa: RUF005 (Triton compiles no starred expression)
         # An unrolled loop is not pipelined by the compiler: the next weights are asked for before the product.
-        w = _load(w_down_ptr, cols, 1, D_IN, ranks, D_IN, R)
+        w = load_tile(w_down_ptr, cols, 1, D_IN, ranks, D_IN, R)
         for i in tl.static_range(HELD):
             ahead = w
             if i + 1 < HELD:
-                ahead = _load(w_down_ptr, cols + (i + 1) * BLOCK_D, 1, D_IN, ranks, D_IN, R)
+                ahead = load_tile(w_down_ptr, cols + (i + 1) * BLOCK_D, 1, D_IN, ranks, D_IN, R)
             z = tl.dot(x_tiles[i], w.to(dtype), z, input_precision=PRECISION)
             w = ahead
     for start in range(HELD * BLOCK_D, D_IN, BLOCK_D):
-        x = _load(x_ptr, rows, stride_xm, n, start + cols, 1, D_IN)
-        w = _load(w_down_ptr, start + cols, 1, D_IN, ranks, D_IN, R)
+        x = load_tile(x_ptr, rows, stride_xm, n, start + cols, 1, D_IN)
+        w = load_tile(w_down_ptr, start + cols, 1, D_IN, ranks, D_IN, R)
         z = tl.dot(x, w.to(dtype), z, input_precision=PRECISION)
     if b_down_ptr is not None:
         z += tl.load(b_down_ptr + ranks, mask=ranks < R, other=0.0).to(tl.float32)[None, :]
     if ACTIVATION == "softmax":
         z = softmax(z, ranks, R)
     if z_ptr is not None:
-        _store(z_ptr, z, rows, R, n, ranks, 1, R)
+        store_tile(z_ptr, z, rows, R, n, ranks, 1, R)
     h = activate(z, ACTIVATION)
     if seed_ptr is not None:
         kept = keep(seed_ptr, tl.program_id(0), ranks, threshold, BLOCK_M, BLOCK_R)
         h = tl.where(kept, h * tl.cast(factor, tl.float32), 0.0)
     gate = None
     if gate_ptr is not None:
-        gate = _load_of_rows(gate_ptr, rows, n)
+        gate = load_of_rows(gate_ptr, rows, n)
         h *= gate[:, None]
     # Padding ranks must be zero: an infinite x times their zero weights is NaN, and would stay one in the sum.
     h = tl.where(ranks[None, :] < R, h, 0.0).to(dtype)
 
     if HELD > 0:
-        w = _load(w_up_ptr, ranks, 1, R, cols, R, D_OUT)
+        w = load_tile(w_up_ptr, ranks, 1, R, cols, R, D_OUT)
         for i in tl.static_range(HELD):
             ahead = w
             if i + 1 < HELD:
-                ahead = _load(w_up_ptr, ranks, 1, R, cols + (i + 1) * BLOCK_D, R, D_OUT)
+                ahead = load_tile(w_up_ptr, ranks, 1, R, cols + (i + 1) * BLOCK_D, R, D_OUT)
             out = cols + i * BLOCK_D
             y = _up_slab(h, w, out, D_OUT, b_up_ptr, gate, scale_ptr, alpha, CHANNEL_SCALE, PRECISION)
-            _store(y_ptr, y + x_tiles[i].to(tl.float32), rows, D_OUT, n, out, 1, D_OUT)
+            store_tile(y_ptr, y + x_tiles[i].to(tl.float32), rows, D_OUT, n, out, 1, D_OUT)
             w = ahead
     for start in range(HELD * BLOCK_D, D_OUT, BLOCK_D):
         out = start + cols
-        w = _load(w_up_ptr, ranks, 1, R, out, R, D_OUT)
+        w = load_tile(w_up_ptr, ranks, 1, R, out, R, D_OUT)
         y = _up_slab(h, w, out, D_OUT, b_up_ptr, gate, scale_ptr, alpha, CHANNEL_SCALE, PRECISION)
         if residual_ptr is not None:
-            y += _load(residual_ptr, rows, stride_rm, n, out, 1, D_OUT).to(tl.float32)
-        _store(y_ptr, y, rows, D_OUT, n, out, 1, D_OUT)
+            y += load_tile(residual_ptr, rows, stride_rm, n, out, 1, D_OUT).to(tl.float32)
+        store_tile(y_ptr, y, rows, D_OUT, n, out, 1, D_OUT)
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -197,21 +178,21 @@ def _bottleneck_adapter_bwd_dz_kernel(
     dgate = tl.zeros((BLOCK_M,), tl.float32)
     if dz_ptr is not None or dgate_ptr is not None:
         for start in range(0, D_OUT, BLOCK_D):
-            g = _load(g_ptr, rows, stride_gm, n, start + cols, 1, D_OUT)
+            g = load_tile(g_ptr, rows, stride_gm, n, start + cols, 1, D_OUT)
             if CHANNEL_SCALE:
                 s = tl.load(scale_ptr + start + cols, mask=start + cols < D_OUT, other=0.0)
                 g = g.to(tl.float32) * s.to(tl.float32)[None, :]
             if dgate_ptr is not None and b_up_ptr is not None:
                 b_up = tl.load(b_up_ptr + start + cols, mask=start + cols < D_OUT, other=0.0)
                 dgate += tl.sum(g.to(tl.float32) * b_up.to(tl.float32)[None, :], 1)
-            w = _load(w_up_ptr, start + cols, R, D_OUT, ranks, 1, R)
+            w = load_tile(w_up_ptr, start + cols, R, D_OUT, ranks, 1, R)
             dh = tl.dot(g.to(dtype), w.to(dtype), dh, input_precision=PRECISION)
     s = tl.cast(alpha, tl.float32)
     if not CHANNEL_SCALE and scale_ptr is not None:
         s *= tl.load(scale_ptr).to(tl.float32)
     dh *= s
 
-    z = _load(z_ptr, rows, R, n, ranks, 1, R).to(tl.float32)
+    z = load_tile(z_ptr, rows, R, n, ranks, 1, R).to(tl.float32)
     if seed_ptr is not None:
         kept = keep(seed_ptr, tl.program_id(0), ranks, threshold, BLOCK_M, BLOCK_R)
         dh = tl.where(kept, dh * tl.cast(factor, tl.float32), 0.0)
@@ -219,7 +200,7 @@ def _bottleneck_adapter_bwd_dz_kernel(
         own = tl.sum(tl.where(ranks[None, :] < R, activate(z, ACTIVATION) * dh, 0.0), 1)
         tl.store(dgate_ptr + rows, own + s * dgate, mask=rows < n)
     if gate_ptr is not None:
-        gate = _load_of_rows(gate_ptr, rows, n)[:, None]
+        gate = load_of_rows(gate_ptr, rows, n)[:, None]
         dh *= gate
     if h_ptr is not None:
         h = activate(z, ACTIVATION)
@@ -227,10 +208,10 @@ def _bottleneck_adapter_bwd_dz_kernel(
             h = tl.where(kept, h * tl.cast(factor, tl.float32), 0.0)
         if gate_ptr is not None:
             h *= gate
-        _store(h_ptr, h, rows, R, n, ranks, 1, R)
+        store_tile(h_ptr, h, rows, R, n, ranks, 1, R)
     if dz_ptr is not None:
         dz = softmax_grad(dh, z, ranks, R) if ACTIVATION == "softmax" else activate_grad(dh, z, ACTIVATION)
-        _store(dz_ptr, dz, rows, R, n, ranks, 1, R)
+        store_tile(dz_ptr, dz, rows, R, n, ranks, 1, R)
 
 
 @triton.jit
@@ -297,34 +278,34 @@ def _bottleneck_adapter_bwd_slab_kernel(
     db_down = tl.zeros((BLOCK_R,), tl.float32)
     db_up = tl.zeros((BLOCK_D,), tl.float32)
     if dx_ptr is not None and CHUNKS == 1:
-        w_down = _load(w_down_ptr, ranks, D_IN, R, cols, 1, D_IN).to(dz_ptr.dtype.element_ty)
+        w_down = load_tile(w_down_ptr, ranks, D_IN, R, cols, 1, D_IN).to(dz_ptr.dtype.element_ty)
 
     # Groups interleave and walk backward: what the kernel before read last of g is read first, from the L2 cache.
     blocks = tl.cdiv(n, BLOCK_M)
     for i in range(group, blocks, groups):
         rows = (blocks - 1 - i).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         if WANT_G:
-            g = _load(g_ptr, rows, stride_gm, n, cols, 1, D_OUT)
+            g = load_tile(g_ptr, rows, stride_gm, n, cols, 1, D_OUT)
         if WANT_UP:
-            z = _load(z_ptr, rows, R, n, ranks, 1, R)
+            z = load_tile(z_ptr, rows, R, n, ranks, 1, R)
             h = activate(z.to(tl.float32), ACTIVATION).to(z.dtype)
             dw_up = tl.dot(tl.trans(h), g.to(z.dtype), dw_up, input_precision=PRECISION)
         if WANT_DB_UP:
             if gate_ptr is None:
                 db_up += tl.sum(g.to(tl.float32), 0)
             else:
-                db_up += tl.sum(g.to(tl.float32) * _load_of_rows(gate_ptr, rows, n)[:, None], 0)
+                db_up += tl.sum(g.to(tl.float32) * load_of_rows(gate_ptr, rows, n)[:, None], 0)
         if WANT_DZ:
-            dz = _load(dz_ptr, rows, R, n, ranks, 1, R)
+            dz = load_tile(dz_ptr, rows, R, n, ranks, 1, R)
         if db_down_ptr is not None:
             db_down += tl.sum(dz.to(tl.float32), 0)
         if WANT_X:
-            x = _load(x_ptr, rows, stride_xm, n, cols, 1, D_IN)
+            x = load_tile(x_ptr, rows, stride_xm, n, cols, 1, D_IN)
             if rstd_ptr is not None:
                 normal = x.to(tl.float32)
                 if mean_ptr is not None:
-                    normal -= _load_of_rows(mean_ptr, rows, n)[:, None]
-                rstd = _load_of_rows(rstd_ptr, rows, n)[:, None]
+                    normal -= load_of_rows(mean_ptr, rows, n)[:, None]
+                rstd = load_of_rows(rstd_ptr, rows, n)[:, None]
                 normal = tl.where(cols[None, :] < D_IN, normal * rstd, 0.0)
                 x = normal.to(x.dtype)
         if dw_down_ptr is not None:
@@ -336,27 +317,27 @@ def _bottleneck_adapter_bwd_slab_kernel(
                 dx = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
                 for k in range(0, R, BLOCK_R):
                     every = k + tl.arange(0, BLOCK_R)
-                    dz_k = _load(dz_ptr, rows, R, n, every, 1, R)
-                    w_k = _load(w_down_ptr, every, D_IN, R, cols, 1, D_IN).to(dz_k.dtype)
+                    dz_k = load_tile(dz_ptr, rows, R, n, every, 1, R)
+                    w_k = load_tile(w_down_ptr, every, D_IN, R, cols, 1, D_IN).to(dz_k.dtype)
                     dx = tl.dot(dz_k, w_k, dx, input_precision=PRECISION)
             if rstd_ptr is not None:
                 if ln_weight_ptr is not None:
                     weight = tl.load(ln_weight_ptr + cols, mask=cols < D_IN, other=0.0)
                     dx *= weight.to(tl.float32)[None, :]
                 if offset_ptr is not None:
-                    dx -= _load_of_rows(offset_ptr, rows, n)[:, None]
-                dx = (dx - normal * _load_of_rows(slope_ptr, rows, n)[:, None]) * rstd
+                    dx -= load_of_rows(offset_ptr, rows, n)[:, None]
+                dx = (dx - normal * load_of_rows(slope_ptr, rows, n)[:, None]) * rstd
             if ADD_G:
                 dx += g.to(tl.float32)
-            _store(dx_ptr, dx, rows, D_IN, n, cols, 1, D_IN)
+            store_tile(dx_ptr, dx, rows, D_IN, n, cols, 1, D_IN)
 
     if dw_down_ptr is not None:
-        _store(dw_down_ptr + group * (R * D_IN), dw_down, ranks, D_IN, R, cols, 1, D_IN)
+        store_tile(dw_down_ptr + group * (R * D_IN), dw_down, ranks, D_IN, R, cols, 1, D_IN)
     if db_down_ptr is not None:
         tl.store(db_down_ptr + group * R + ranks, db_down, mask=(ranks < R) & (tl.program_id(0) == 0))
     in_up = cols < D_OUT
     if dscale_ptr is not None:
-        w_up = _load(w_up_ptr, ranks, 1, R, cols, R, D_OUT).to(tl.float32)
+        w_up = load_tile(w_up_ptr, ranks, 1, R, cols, R, D_OUT).to(tl.float32)
         dscale = tl.sum(tl.where(ranks[:, None] < R, w_up * dw_up, 0.0), 0)
         if b_up_ptr is not None:
             b_up = tl.load(b_up_ptr + cols, mask=in_up & (chunk == 0), other=0.0)
@@ -368,7 +349,7 @@ def _bottleneck_adapter_bwd_slab_kernel(
     elif scale_ptr is not None:
         s *= tl.load(scale_ptr).to(tl.float32)
     if dw_up_ptr is not None:
-        _store(dw_up_ptr + group * (D_OUT * R), dw_up * s[None, :], ranks, 1, R, cols, R, D_OUT)
+        store_tile(dw_up_ptr + group * (D_OUT * R), dw_up * s[None, :], ranks, 1, R, cols, R, D_OUT)
     if db_up_ptr is not None:
         tl.store(db_up_ptr + group * D_OUT + cols, db_up * s, mask=in_up & (chunk == 0))
 

@@ -13,10 +13,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from petl_kernels.ops._triton_kernels import sum_all, sum_groups
+from petl_kernels.ops._triton_kernels import load_tile, store_tile, sum_all, sum_groups
 from petl_kernels.ops._triton_norm import add_statistics, finish_statistics, parameter
 from petl_kernels.ops.bottleneck_adapter.triton_activations import activate, activate_grad, softmax, softmax_grad
-from petl_kernels.ops.bottleneck_adapter.triton_kernels import _load, _store, _up_slab
+from petl_kernels.ops.bottleneck_adapter.triton_kernels import _up_slab
 
 
 @triton.jit
@@ -75,14 +75,14 @@ def _norm_adapter_fwd_kernel(
     held = ()
     if SLABS > 0:
         for i in tl.static_range(SLABS):
-            x = _load(x_ptr, rows, stride_xm, n, cols + i * BLOCK_D, 1, D_IN)
+            x = load_tile(x_ptr, rows, stride_xm, n, cols + i * BLOCK_D, 1, D_IN)
             begin = tl.full((), i * BLOCK_D, tl.int32)
             shift, mean, square = add_statistics(x.to(tl.float32), cols + i * BLOCK_D, begin, shift, mean, square, D_IN)
             held = held + (x,)  # noqa: RUF005 (Triton compiles no starred expression)
     else:
         begin = tl.full((), 0, tl.int32)
         for start in range(0, D_IN, BLOCK_D):
-            x = _load(x_ptr, rows, stride_xm, n, start + cols, 1, D_IN).to(tl.float32)
+            x = load_tile(x_ptr, rows, stride_xm, n, start + cols, 1, D_IN).to(tl.float32)
             shift, mean, square = add_statistics(x, start + cols, begin + start, shift, mean, square, D_IN)
     shift, mean, rstd = finish_statistics(shift, mean, square, eps, D_IN, RMS)
     if mean_ptr is not None:
@@ -95,36 +95,36 @@ def _norm_adapter_fwd_kernel(
         for i in tl.static_range(SLABS):
             at = cols + i * BLOCK_D
             u = _normalised(held[i], shift, mean, rstd, ln_weight_ptr, ln_bias_ptr, at, D_IN)
-            w = _load(w_down_ptr, at, 1, D_IN, ranks, D_IN, R)
+            w = load_tile(w_down_ptr, at, 1, D_IN, ranks, D_IN, R)
             z = tl.dot(u, w.to(dtype), z, input_precision=PRECISION)
     else:
         for start in range(0, D_IN, BLOCK_D):
-            x = _load(x_ptr, rows, stride_xm, n, start + cols, 1, D_IN)
+            x = load_tile(x_ptr, rows, stride_xm, n, start + cols, 1, D_IN)
             u = _normalised(x, shift, mean, rstd, ln_weight_ptr, ln_bias_ptr, start + cols, D_IN)
-            w = _load(w_down_ptr, start + cols, 1, D_IN, ranks, D_IN, R)
+            w = load_tile(w_down_ptr, start + cols, 1, D_IN, ranks, D_IN, R)
             z = tl.dot(u, w.to(dtype), z, input_precision=PRECISION)
     if b_down_ptr is not None:
         z += tl.load(b_down_ptr + ranks, mask=ranks < R, other=0.0).to(tl.float32)[None, :]
     if ACTIVATION == "softmax":
         z = softmax(z, ranks, R)
     if z_ptr is not None:
-        _store(z_ptr, z, rows, R, n, ranks, 1, R)
+        store_tile(z_ptr, z, rows, R, n, ranks, 1, R)
     h = tl.where(ranks[None, :] < R, activate(z, ACTIVATION), 0.0).to(dtype)
 
     if SLABS > 0 and ADD_X:
         for i in tl.static_range(SLABS):
             at = cols + i * BLOCK_D
-            w = _load(w_up_ptr, ranks, 1, R, at, R, D_OUT)
+            w = load_tile(w_up_ptr, ranks, 1, R, at, R, D_OUT)
             y = _up_slab(h, w, at, D_OUT, b_up_ptr, None, scale_ptr, alpha, CHANNEL_SCALE, PRECISION)
-            _store(y_ptr, y + held[i].to(tl.float32), rows, D_OUT, n, at, 1, D_OUT)
+            store_tile(y_ptr, y + held[i].to(tl.float32), rows, D_OUT, n, at, 1, D_OUT)
     else:
         for start in range(0, D_OUT, BLOCK_D):
             at = start + cols
-            w = _load(w_up_ptr, ranks, 1, R, at, R, D_OUT)
+            w = load_tile(w_up_ptr, ranks, 1, R, at, R, D_OUT)
             y = _up_slab(h, w, at, D_OUT, b_up_ptr, None, scale_ptr, alpha, CHANNEL_SCALE, PRECISION)
             if residual_ptr is not None:
-                y += _load(residual_ptr, rows, stride_rm, n, at, 1, D_OUT).to(tl.float32)
-            _store(y_ptr, y, rows, D_OUT, n, at, 1, D_OUT)
+                y += load_tile(residual_ptr, rows, stride_rm, n, at, 1, D_OUT).to(tl.float32)
+            store_tile(y_ptr, y, rows, D_OUT, n, at, 1, D_OUT)
 
 
 @triton.jit
@@ -165,18 +165,18 @@ def _norm_adapter_bwd_row_kernel(
 
     dh = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for start in range(0, D_OUT, BLOCK_D):
-        g = _load(g_ptr, rows, stride_gm, n, start + cols, 1, D_OUT)
+        g = load_tile(g_ptr, rows, stride_gm, n, start + cols, 1, D_OUT)
         if CHANNEL_SCALE:
             g = g.to(tl.float32) * parameter(scale_ptr, start + cols, D_OUT, 1.0)
-        w = _load(w_up_ptr, start + cols, R, D_OUT, ranks, 1, R)
+        w = load_tile(w_up_ptr, start + cols, R, D_OUT, ranks, 1, R)
         dh = tl.dot(g.to(dtype), w.to(dtype), dh, input_precision=PRECISION)
     if not CHANNEL_SCALE and scale_ptr is not None:
         dh *= tl.load(scale_ptr).to(tl.float32)
     dh *= tl.cast(alpha, tl.float32)
-    z = _load(z_ptr, rows, R, n, ranks, 1, R).to(tl.float32)
+    z = load_tile(z_ptr, rows, R, n, ranks, 1, R).to(tl.float32)
     dz = softmax_grad(dh, z, ranks, R) if ACTIVATION == "softmax" else activate_grad(dh, z, ACTIVATION)
     dz = tl.where(ranks[None, :] < R, dz, 0.0).to(dtype)
-    _store(dz_ptr, dz, rows, R, n, ranks, 1, R)
+    store_tile(dz_ptr, dz, rows, R, n, ranks, 1, R)
     if slope_ptr is not None:
         dz = dz.to(tl.float32)
         if ACTIVATION == "softmax":  # saved is the value; dz sums to zero, so that a constant beside z does not matter
@@ -184,7 +184,7 @@ def _norm_adapter_bwd_row_kernel(
         ones = tl.zeros((BLOCK_R,), tl.float32)
         c = tl.zeros((BLOCK_R,), tl.float32)
         for start in range(0, D_IN, BLOCK_D):
-            w = _load(w_down_ptr, start + cols, 1, D_IN, ranks, D_IN, R).to(dtype).to(tl.float32)
+            w = load_tile(w_down_ptr, start + cols, 1, D_IN, ranks, D_IN, R).to(dtype).to(tl.float32)
             ones += tl.sum(w * tl.trans(parameter(ln_weight_ptr, start + cols, D_IN, 1.0)), 0)
             if ln_bias_ptr is not None:
                 c += tl.sum(w * tl.trans(parameter(ln_bias_ptr, start + cols, D_IN, 0.0)), 0)
@@ -236,12 +236,12 @@ def _norm_adapter_bwd_sum_kernel(
         dbias = tl.zeros((BLOCK_D,), tl.float32)
         for first in range(0, R, BLOCK_R):
             ranks = first + tl.arange(0, BLOCK_R)
-            w = _load(w_down_ptr, ranks, D_IN, R, cols, 1, D_IN).to(tl.float32)
+            w = load_tile(w_down_ptr, ranks, D_IN, R, cols, 1, D_IN).to(tl.float32)
             m = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
             s = tl.zeros((BLOCK_R,), tl.float32)
             for p in range(0, groups):
                 if part_m_ptr is not None:
-                    m += _load(part_m_ptr + p * (R * D_IN), ranks, D_IN, R, cols, 1, D_IN)
+                    m += load_tile(part_m_ptr + p * (R * D_IN), ranks, D_IN, R, cols, 1, D_IN)
                 if part_b_down_ptr is not None:
                     s += tl.load(part_b_down_ptr + p * R + ranks, mask=ranks < R, other=0.0)
             dweight += tl.sum(w * m, 0)
@@ -249,7 +249,7 @@ def _norm_adapter_bwd_sum_kernel(
             if dw_down_ptr is not None:
                 dw = m * parameter(ln_weight_ptr, cols, D_IN, 1.0)
                 dw += s[:, None] * parameter(ln_bias_ptr, cols, D_IN, 0.0)
-                _store(dw_down_ptr, dw, ranks, D_IN, R, cols, 1, D_IN)
+                store_tile(dw_down_ptr, dw, ranks, D_IN, R, cols, 1, D_IN)
             if db_down_ptr is not None:
                 tl.store(db_down_ptr + ranks, s, mask=(ranks < R) & (block == 0))
         if dln_weight_ptr is not None:
