@@ -71,7 +71,7 @@ def test_everything_trains_in_float64(op_calls):
 @pytest.mark.parametrize("impl", [None, "reference", *KERNELS])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_float32_adapters_on_a_half_precision_base(dtype, impl, op_calls, monkeypatch):
-    """The library's default: it widens x. Kernels take the float32 weights as they are, beside x as it is."""
+    """The library's default: it widens x. Kernels take the float32 weights beside x as it is."""
     monkeypatch.setattr("petl_kernels.integrations.peft._tuner._LEAST", 0)
     model = build(dtype=dtype)
     assert layers(model)[0].lora_A["default"].weight.dtype == torch.float32

@@ -27,7 +27,7 @@ void copy_rows(const Rows& src, int64_t row, int64_t rows, int64_t cols, C* dst,
   widen(src, row, rows, cols, dst, ld);
 }
 
-// Row k of a panel in column j; rows are put in their order.
+// Element (k, j) of a panel; those of a column come in the order of k.
 template <typename C>
 PETL_INLINE void put(C* panel, int64_t k, int64_t j, C value) {
   panel[k * kTileCols<C> + j] = value;
@@ -37,7 +37,7 @@ PETL_INLINE void put(C* panel, int64_t k, int64_t j, C value) {
 
 constexpr int kPairs = kLanes<Pair>;
 
-// Of those that are present.
+// All of these that are present.
 inline bool are_bf16(std::initializer_list<Rows> matrices) {
   for (const Rows& m : matrices) {
     if (m && m.dtype != DType::kBFloat16) return false;
@@ -45,7 +45,7 @@ inline bool are_bf16(std::initializer_list<Rows> matrices) {
   return true;
 }
 
-// Lane i of two vectors of floats, rounded, in Pair i; past `count` lanes a load is zero.
+// 16 columns of two rows of bf16, from column `first` on, as pairs of both rows; then of two rows of floats.
 PETL_INLINE __m512i interleave(__m512i low, __m512i high, int first) {
   alignas(64) uint16_t order[2 * kPairs];
   for (int i = 0; i < 2 * kPairs; ++i) order[i] = static_cast<uint16_t>(first + i / 2 + 2 * kPairs * (i % 2));
@@ -57,10 +57,11 @@ PETL_INLINE __m512i pair_up(Vec<float> low, Vec<float> high) {
   for (int i = 0; i < 2 * kPairs; ++i) order[i] = static_cast<uint16_t>(i / 2 + kPairs * (i % 2));
   return _mm512_permutexvar_epi16(_mm512_load_si512(order), both);
 }
-// Up to 32 floats as 16 pairs.
+// 32 floats of one row as pairs of successive ones.
 PETL_INLINE __m512i pair_along(Vec<float> first, Vec<float> second) {
   return bit_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
 }
+// Lanes from `count` on are zero.
 template <typename S>
 PETL_INLINE Vec<float> load_up_to(const S* from, int64_t count) {
   if (count >= kPairs) return Storage<float, S>::load(from);
