@@ -14,10 +14,10 @@ struct Bottleneck {
   int r;  // at most 256
   Activation activation;
   Keep dropout;
-  Rows gate;      // rows of one element, or absent
-  Rows z;         // written in the forward, unless absent, and read in the backward; of a softmax its value
-  Rows dz, h;     // backward: for the gradients of the parameters; may be absent
-  Rows dgate;     // backward: may be absent
+  Rows gate;   // rows of one element, or absent
+  Rows z;      // written in the forward, unless absent, and read in the backward; of a softmax its value
+  Rows dz, h;  // backward: for the gradients of the parameters; may be absent
+  Rows dgate;  // backward: may be absent
 };
 
 // The element of a tile that is kWidth ranks after the other.
@@ -85,9 +85,10 @@ PETL_DEVICE void activate_rows(const Bottleneck& call, unsigned char* tile, int6
     const bool softmax = call.activation == Activation::kSoftmax;
     float top = -INFINITY, sum = 0;
     if (softmax) {
-      for (int col = lane_of_thread(); col < call.r; col += kWarp) top = fmaxf(top, to_float(*rank_of<T, kBlockM>(tile, row, col)));
+      const auto z = [&](int col) { return to_float(*rank_of<T, kBlockM>(tile, row, col)); };
+      for (int col = lane_of_thread(); col < call.r; col += kWarp) top = fmaxf(top, z(col));
       top = largest_of_warp(top);
-      for (int col = lane_of_thread(); col < call.r; col += kWarp) sum += expf(to_float(*rank_of<T, kBlockM>(tile, row, col)) - top);
+      for (int col = lane_of_thread(); col < call.r; col += kWarp) sum += expf(z(col) - top);
       sum = sum_warp(sum);
     }
     each_column<T, kBlockM>(call, tile, row, n < call.n, kept, [&](T* at, int col, uint32_t bits) {

@@ -23,7 +23,8 @@ PETL_DEVICE uint32_t kept_of_four(uint64_t seed, uint32_t column, uint64_t group
   uint32_t word[4] = {column, static_cast<uint32_t>(group), static_cast<uint32_t>(group >> 32), 0};
 #pragma unroll
   for (int round = 0; round < 10; ++round) {
-    const uint64_t first = static_cast<uint64_t>(word[0]) * 0xd2511f53u, third = static_cast<uint64_t>(word[2]) * 0xcd9e8d57u;
+    const uint64_t first = static_cast<uint64_t>(word[0]) * 0xd2511f53u;
+    const uint64_t third = static_cast<uint64_t>(word[2]) * 0xcd9e8d57u;
     word[0] = static_cast<uint32_t>(third >> 32) ^ word[1] ^ key0, word[1] = static_cast<uint32_t>(third);
     word[2] = static_cast<uint32_t>(first >> 32) ^ word[3] ^ key1, word[3] = static_cast<uint32_t>(first);
     key0 += 0x9e3779b9u, key1 += 0xbb67ae85u;

@@ -94,9 +94,9 @@ PETL_DEVICE Split split(uint32_t bits) {
   return {big, finite ? to_tf32(value - bits_to_float(big)) : 0u, finite ? big : 0u};
 }
 
-// c += a b for 16 rows and kNeighbours times 8 columns, one or two. Of floats in full precision four products, in tf32 (`fast`) one. The four
-// are added up by themselves, from the small to the large, and then to c by ordinary addition: tensor cores round every
-// sum towards zero, which over a thousand rows would show.
+// c += a b for 16 rows and kNeighbours (one or two) times 8 columns. Of floats in full precision four products, in tf32
+// (`fast`) one. The four are added up by themselves, from the small to the large, and then to c by ordinary addition: tensor
+// cores round every sum towards zero, which over a thousand rows would show.
 template <typename T, int kNeighbours>
 PETL_DEVICE void multiply(float (&c)[kNeighbours][4], const OperandA& a, const OperandB& b, bool fast) {
   if constexpr (sizeof(T) == 2) {
