@@ -6,8 +6,8 @@
 namespace petl::PETL_ISA {
 
 constexpr int64_t kDepthBlock = 256;  // of k, so that a panel (256 x kTileCols) stays in L1
-// Products of few columns are bound by memory and have the time for more and shorter chains of additions. MKL sums these
-// (not wider ones) in vectors along k: one chain over k = 96 had 1.6 times its error, pieces of 32 have 1.05 times.
+// MKL sums products of few columns (not wider ones) in vectors along k: one chain over k = 96 had 1.6 times its error,
+// pieces of 32 have 1.05 times. Not so above kDepthBlock: a pass over the rows for each 32 of k = 1024 took 40 % (AVX2).
 constexpr int64_t kNarrow = 16, kNarrowDepth = 32;
 
 // Rows that a thread takes through all phases at once: tiles of 256 KB of x and of g leave room in a 1 MB L2 for the
@@ -30,7 +30,7 @@ inline int useful_threads(int threads, int64_t n, int64_t multiply_adds) {
 template <typename C, typename P>
 void deep_product(int64_t m, int64_t n, int64_t k, Operand<P> a, const P* panels, C* out, int64_t ldo, const C* bias,
                   Operand<C> add = {}, bool accurate = false) {
-  const int64_t piece = accurate || n <= kNarrow ? kNarrowDepth : kDepthBlock;
+  const int64_t piece = k <= kDepthBlock && (accurate || n <= kNarrow) ? kNarrowDepth : kDepthBlock;
   for (int64_t k0 = 0; k0 < k; k0 += piece) {
     const int64_t depth = k - k0 < piece ? k - k0 : piece;
     gemm<C, C, false, P>({m, n, depth, a.data + k0, a.ld, panels + k0 * kTileCols<C>, kTileCols<C>, k * kTileCols<C>, out,
