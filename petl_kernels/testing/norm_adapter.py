@@ -26,7 +26,7 @@ def _inputs(
 
 
 def _samples() -> tuple[Mapping[str, Any], ...]:
-    sizes = [(0, 16, 8), (1, 16, 1), (17, 768, 64), (65, 200, 100), (300, 96, 8)]
+    sizes = [(0, 16, 8), (1, 16, 1), (17, 200, 64), (40, 136, 100), (130, 96, 8)]
     samples: list[dict[str, Any]] = [dict(id=f"{n}x{d}x{r}", n=n, d=d, r=r) for n, d, r in sizes]
     adapter = ("w_down", "b_down", "w_up", "b_up", "scale")
     norm = ("ln_weight", "ln_bias")
