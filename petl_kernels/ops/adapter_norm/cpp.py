@@ -37,6 +37,8 @@ def forward(
     store: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One pass over x and residual: y, and z and the statistics when they are to be saved; schema in `__init__`."""
+    if save and not store:
+        raise NotImplementedError("these kernels keep the normalised rows")
     *leading, d_in = x.shape
     d, r = w_up.shape
     y = empty((*leading, d), x.dtype if hidden is None else hidden.dtype)
