@@ -37,8 +37,8 @@ _FAST_BF16 = torch.backends.cpu.get_cpu_capability() == "AVX512" and (
 
 
 def _preference(x: Tensor, *_: Any) -> tuple[str, ...]:
-    # From benchmarks/results, recorded before our kernels used AVX512-BF16: eager was 1.0-1.3x faster at five of the six
-    # shapes.
+    # From benchmarks/results. Recorded before our kernels used AVX512-BF16: eager was 1.0-1.3x faster at five of
+    # the six shapes.
     if x.dtype == torch.bfloat16 and _FAST_BF16:
         return ()
     return ("cpp",)
