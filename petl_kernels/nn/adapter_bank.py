@@ -39,12 +39,15 @@ class AdapterBank(nn.Module):
     task are tensors of their own (`adapters.<name>.w_down` and so on). A task without a sample in the batch gets no
     gradient: None, not zero, so that an optimizer with momentum or weight decay leaves it alone, as it does a task that
     is added later. `bank.adapters[name]` is a task's adapter, which works by itself; its own hooks do not run in the
-    bank. Under DistributedDataParallel, where absent tasks are unused parameters, set `find_unused_parameters`.
+    bank. Under DistributedDataParallel, where absent tasks are unused parameters, set `find_unused_parameters`. FSDP2
+    has no such setting: give it banks with `every_task`, unless the batches of all processes have the same tasks.
 
     Args:
         d_model, bottleneck, activation, form, init, bias, impl, device, dtype: as of `BottleneckAdapter`.
         tasks: names, in the order of their indices.
         scale: a float.
+        every_task: whether absent tasks get a gradient as well, of zeros, which `drop_absent_grads` takes away again;
+            to be told the tasks of all processes' batches.
 
     Shapes: x [B, ..., d] -> [B, ..., d].
 
@@ -63,6 +66,7 @@ class AdapterBank(nn.Module):
         form: str = "sequential",
         init: str = "houlsby",
         bias: bool = True,
+        every_task: bool = False,
         impl: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -71,7 +75,7 @@ class AdapterBank(nn.Module):
         check_number("AdapterBank", "scale", scale)
         if isinstance(tasks, str):
             raise ValueError(f"AdapterBank: tasks must be a list of names, got {tasks!r}")
-        self.impl = impl
+        self.impl, self.every_task = impl, bool(every_task)
         self._options: dict[str, Any] = dict(
             d_model=d_model, bottleneck=bottleneck, activation=activation, scale=scale, form=form, init=init, bias=bias
         )
@@ -198,12 +202,14 @@ class AdapterBank(nn.Module):
             names = [task] if isinstance(task, str) else task
             values = [self._index(name) if isinstance(name, str) else name for name in names]
             check_range("AdapterBank", values, count)
-            present = tuple(sorted(set(values)))
+            present = tuple(range(count) if self.every_task else sorted(set(values)))
             places = torch.tensor([present.index(value) for value in values], dtype=torch.int64, device="cpu")
             places = places.reshape(()) if isinstance(task, str) else places
             return present, places.to(x.device, non_blocking=True)
         unread = task.device.type != "cpu" and not (torch.is_grad_enabled() and self._trains())
-        if unread or torch.compiler.is_compiling() or task.dtype != torch.int64 or type(task) is not Tensor:
+        if self.every_task or unread or torch.compiler.is_compiling():
+            return tuple(range(count)), task.to(x.device, non_blocking=True)
+        if task.dtype != torch.int64 or type(task) is not Tensor:  # which the op refuses
             return tuple(range(count)), task.to(x.device, non_blocking=True)
         mark = (version(task), x.device, count)
         if mark[0] is not None and task in _routes and _routes[task][0] == mark:
@@ -228,4 +234,5 @@ class AdapterBank(nn.Module):
 
     def extra_repr(self) -> str:
         text = ", ".join(f"{name}={value!r}" for name, value in self._options.items())
+        text += ", every_task=True" if self.every_task else ""
         return text if self.impl is None else f"{text}, impl={self.impl!r}"

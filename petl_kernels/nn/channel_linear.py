@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from petl_kernels.nn._check import check_choice
+from petl_kernels.nn._sharded import write_shard
 from petl_kernels.ops._select import AUTO
 from petl_kernels.ops._validate import check_channels
 from petl_kernels.ops.channel_linear import OP, channel_linear
@@ -116,9 +118,16 @@ class ChannelLinear(nn.Module):
 
     @torch.no_grad()
     def sync_(self) -> ChannelLinear:
-        """Write the trained channels into `weight` and `bias`, where they are not there yet."""
+        """Write the trained channels into `weight` and `bias`, where they are not there yet.
+
+        Of a layer that `fully_shard` has sharded, every rank must call this, and `state_dict`, which does: each
+        needs all of the trained channels for its own rows.
+        """
         for _, frozen, dim, trained in self.parts():
             if trained is None or frozen.is_meta:
+                continue
+            if is_traceable_wrapper_subclass(frozen):
+                write_shard(frozen, dim, self.channels, trained)
                 continue
             values = trained.to(frozen.dtype)
             # Unchanged tensors are not touched: a write would spoil a backward that still needs them.

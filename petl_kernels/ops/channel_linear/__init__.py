@@ -86,6 +86,15 @@ def _synchronize(weight: Tensor, bias: Tensor | None, channels: Tensor, channel_
     _written[weight] = _Source(weakref.ref(channel_weight), current, weakref.ref(channels))
 
 
+def _write_again(weight: Tensor, channels: Tensor, channel_weight: Tensor, dim: int) -> None:
+    """What the forward wrote, for dx: FSDP2 frees a gathered weight in between and gathers what the shards hold.
+
+    Autograd cannot tell, since FSDP2 keeps the version; it does tell if anybody else wrote.
+    """
+    with torch.autograd._unsafe_preserve_version_counter(weight):
+        _write(weight, None, channels, channel_weight, None, dim)
+
+
 class _ChannelLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, channels, channel_weight, channel_bias, dim, impl):
@@ -109,6 +118,8 @@ def _gradients(ctx: Any, g: Tensor, saved: Sequence[Any]) -> Sequence[Tensor | N
     """The gradients of x, channel_weight and channel_bias, None where not needed."""
     weight, x, channels, channel_weight, channel_bias = saved
     needs = (ctx.needs_input_grad[4], ctx.needs_input_grad[5])
+    if isinstance(weight, torch.nn.Parameter) and not torch.compiler.is_compiling():
+        _write_again(weight, channels, channel_weight, ctx.dim)
     grads: list[Tensor | None] = [g.matmul(weight) if ctx.needs_input_grad[0] else None, None, None]
     if True in needs:
         raw = BACKWARD(ctx.impl, g, x, channels, channel_weight, channel_bias, ctx.dim, needs)
