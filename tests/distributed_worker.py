@@ -128,6 +128,7 @@ def main(folder: Path) -> None:
                 results[name][wrap.__name__] = {"error": traceback.format_exc()[-3000:]}
     if rank == 0:
         (folder / "results.json").write_text(json.dumps(results))
+    dist.barrier()  # or the first to leave closes what the other may still read
     dist.destroy_process_group()
 
 
