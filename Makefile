@@ -9,6 +9,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PEFT := .venv-peft
+OTHER := .venv-versions
+TORCH ?= 2.9.*
+TORCHES ?= 2.11.0 2.13.0
+VERSION_TESTS := tests/test_ops.py tests/test_select.py tests/test_validation.py tests/test_nn*.py tests/test_optim.py \
+  tests/test_channel*.py tests/test_layer_norm.py tests/test_adapter_bank.py tests/test_dropout.py tests/test_distributed.py
 
 GPU_PYTHON ?= $(BIN)/python
 GPU_READY := $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(READY))
@@ -16,7 +21,8 @@ SANITIZER ?= compute-sanitizer
 # Of a checkout that may not be installed there; cmake and ninja are beside the interpreter.
 ON_GPU := PYTHONPATH=$(CURDIR) PATH="$(abspath $(dir $(GPU_PYTHON))):$$PATH"
 
-.PHONY: demo two-stage test lint test-cpp test-python test-integrations resources bench clean
+.PHONY: demo two-stage test lint test-cpp test-python test-integrations test-distributed test-versions wheel speed-gate
+.PHONY: resources bench clean
 .PHONY: gpu build-gpu test-gpu sanitize bench-gpu crossover
 
 demo: $(READY)
@@ -51,6 +57,28 @@ resources: $(READY)
 test-integrations: $(READY) $(PEFT)/.ready
 	$(BIN)/python -m pytest -n 2 tests/test_fuse*.py
 	$(PEFT)/bin/python -m pytest -n 2 tests/test_fuse_peft*.py tests/test_fuse_patterns.py
+
+# What two processes do, and `examples/distributed.py`; a part of `make test`.
+test-distributed: $(READY)
+	$(BIN)/python -m pytest -n 2 tests/test_distributed.py
+
+# The ops and the layers with another PyTorch or Python than the pinned ones, and without the libraries that want pins.
+test-versions:
+	test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
+	$(OTHER)/bin/python -m pip install -q 'torch==$(TORCH)' -e . \
+	  pytest pytest-xdist pytest-benchmark hypothesis filelock setuptools pybind11 cmake ninja
+	$(OTHER)/bin/python -m pytest -n 2 $(wildcard $(VERSION_TESTS))
+
+# A wheel for this platform, in dist/, and with each of these PyTorches in a clean environment: gigabytes, and minutes.
+wheel: $(READY)
+	rm -rf dist
+	$(BIN)/python -m pip wheel . --no-deps --wheel-dir dist
+	PETL_KERNELS_TEST_WHEEL='$(TORCHES)' $(BIN)/python -m pytest -n 0 tests/test_wheel.py
+
+# 5 % slower in the median than at the last run that is in out/speed fails; without one it is recorded.
+speed-gate: $(READY)
+	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-storage=out/speed --benchmark-save=speed \
+	  $(if $(wildcard out/speed/*/*.json),--benchmark-compare --benchmark-compare-fail=median:5%)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py --op bottleneck_adapter --csv out/bench.csv
@@ -96,4 +124,4 @@ $(PEFT)/.ready: constraints-peft.txt $(READY)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PEFT) build out
+	rm -rf $(VENV) $(PEFT) $(OTHER) build dist out
