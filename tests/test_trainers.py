@@ -16,11 +16,11 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("adapters", exc_type=Exception)
 pytest.importorskip("transformers", exc_type=Exception)
 
-import finetune  # noqa: E402
-import sentiment  # noqa: E402
-from adapter_models import count_op_calls  # noqa: E402
+from adapter_models import count_op_calls
 
-from petl_kernels import fuse  # noqa: E402
+import finetune
+import sentiment
+from petl_kernels import fuse
 
 STEPS, BATCH, LR = 6, 8, 3e-3
 
