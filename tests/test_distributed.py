@@ -102,9 +102,10 @@ def test_one_process_goes_on_where_two_stopped(trained, layer):
     assert worker.difference(*pairs) < EXACT
 
 
-def test_the_example_goes_on_alone(model_folder, tmp_path):
-    for library in ("adapters", "matplotlib", "typer"):
+def test_the_example_goes_on_alone(request, tmp_path):
+    for library in ("adapters", "matplotlib", "transformers"):
         pytest.importorskip(library, exc_type=Exception)
+    model_folder = request.getfixturevalue("model_folder")
     import typer
     from typer.testing import CliRunner
 
