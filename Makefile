@@ -9,11 +9,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PEFT := .venv-peft
-OTHER := .venv-versions
-TORCH ?= 2.9.*
-TORCHES ?= 2.11.0 2.13.0
-VERSION_TESTS := tests/test_ops.py tests/test_select.py tests/test_validation.py tests/test_nn*.py tests/test_optim.py \
-  tests/test_channel*.py tests/test_layer_norm.py tests/test_adapter_bank.py tests/test_dropout.py tests/test_distributed.py
 
 GPU_PYTHON ?= $(BIN)/python
 GPU_READY := $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(READY))
@@ -21,8 +16,7 @@ SANITIZER ?= compute-sanitizer
 # Of a checkout that may not be installed there; cmake and ninja are beside the interpreter.
 ON_GPU := PYTHONPATH=$(CURDIR) PATH="$(abspath $(dir $(GPU_PYTHON))):$$PATH"
 
-.PHONY: demo two-stage test lint test-cpp test-python test-integrations test-distributed test-versions wheel speed-gate
-.PHONY: resources bench clean
+.PHONY: demo two-stage test lint test-cpp test-python test-integrations resources bench clean
 .PHONY: gpu build-gpu test-gpu sanitize bench-gpu crossover
 
 demo: $(READY)
@@ -57,6 +51,13 @@ resources: $(READY)
 test-integrations: $(READY) $(PEFT)/.ready
 	$(BIN)/python -m pytest -n 2 tests/test_fuse*.py
 	$(PEFT)/bin/python -m pytest -n 2 tests/test_fuse_peft*.py tests/test_fuse_patterns.py
+
+OTHER := .venv-versions
+TORCH ?= 2.9.*
+TORCHES ?= 2.11.0 2.13.0
+VERSION_TESTS := tests/test_ops.py tests/test_select.py tests/test_validation.py tests/test_nn*.py tests/test_optim.py \
+  tests/test_channel*.py tests/test_layer_norm.py tests/test_adapter_bank.py tests/test_dropout.py tests/test_distributed.py
+.PHONY: test-distributed test-versions wheel speed-gate
 
 # What two processes do, and `examples/distributed.py`; a part of `make test`.
 test-distributed: $(READY)
