@@ -63,11 +63,11 @@ VERSION_TESTS := tests/test_ops.py tests/test_select.py tests/test_validation.py
 test-distributed: $(READY)
 	$(BIN)/python -m pytest -n 2 tests/test_distributed.py
 
-# The ops and the layers with another PyTorch or Python than the pinned ones, and without the libraries that want pins.
+# The ops and the layers with another PyTorch or Python than the pinned ones, without `adapters` and `peft`.
 test-versions:
 	test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
 	$(OTHER)/bin/python -m pip install -q 'torch==$(TORCH)' -e . \
-	  pytest pytest-xdist pytest-benchmark hypothesis filelock setuptools pybind11 cmake ninja
+	  'transformers>=4.57,<5' pytest pytest-xdist pytest-benchmark hypothesis filelock setuptools pybind11 cmake ninja
 	$(OTHER)/bin/python -m pytest -n 2 $(wildcard $(VERSION_TESTS))
 
 # A wheel for this platform, in dist/, and with each of these PyTorches in a clean environment: gigabytes, and minutes.
