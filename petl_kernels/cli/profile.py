@@ -24,8 +24,6 @@ from petl_kernels.profiling.variants import DEFAULT, VARIANTS
 
 WRONG, USAGE, IMPOSSIBLE = 1, 2, 3
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-EXITS = """Exit codes: 0 profiled (variants that cannot run here are listed with the reason); 1 a variant computes other
-gradients than eager; 2 the target or an option is wrong; 3 a device or a package is missing."""
 
 
 def profile(
@@ -58,6 +56,9 @@ def profile(
 
     Writes into --out: report.html, profile.json, plots (PNG), a trace per variant for ui.perfetto.dev and, on a GPU, a
     snapshot of its memory. What computes other gradients than eager is reported, and not timed.
+
+    Exit codes: 0 profiled (variants that cannot run here are listed with the reason); 1 a variant computes other
+    gradients than eager; 2 the target or an option is wrong; 3 a device or a package is missing.
     """
     if draw and (reason := plots.missing()):
         _stop(IMPOSSIBLE, reason)
@@ -88,9 +89,6 @@ def profile(
     for line in record["wrong"]:
         Console(stderr=True, markup=False).print(f"profile: {line}", style="red")
     raise typer.Exit(WRONG if record["wrong"] else 0)
-
-
-profile.__doc__ = f"{profile.__doc__}\n{EXITS}\n"
 
 
 def _with_progress(target: Any, plan: Plan) -> dict[str, Any]:

@@ -149,7 +149,7 @@ def _settings(target: Target, plan: Plan) -> dict[str, Any]:
 
 def _machine(device: str) -> dict[str, str]:
     return {
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else cpu_model(),
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu_model(),
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -48,8 +48,8 @@ class Measured:
             `package_operators` this package's.
         kernel_launches: on a GPU, of kernels.
         saved_mib: kept for the backward pass; `saved_by_module` by module (adapters whole), numbers in names as "*".
-        peak_mib: largest sum of allocations of a step above what stood before it; `memory` is its course, as
-            (milliseconds, MiB).
+        peak_mib: largest sum of what a step took from PyTorch's allocator above what stood before; `memory` is its
+            course, as (milliseconds, MiB).
     """
 
     step_ms: float
