@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from petl_kernels.testing.models import BERT
 
-SENTENCES = 8
+SENTENCES = 4
 
 
 class Adapter(nn.Module):

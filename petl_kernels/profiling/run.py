@@ -110,6 +110,9 @@ def _prepared(target: Target, plan: Plan, say: Say) -> tuple[Variant, list[Varia
             variant.step()
         except Exception as error:  # no compiler, an operator that it cannot compile, an impl that cannot run
             variant.unavailable = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    for variant in variants:
+        if variant.unavailable is None:
+            variant.step()  # once more when all are there, as they are timed: what compiles again does it here
     return eager, variants, wrong
 
 

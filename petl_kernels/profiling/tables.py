@@ -36,7 +36,7 @@ def summary_table(record: dict[str, Any]) -> Rows:
         ("saved activations, MiB", lambda n, v: f"{v['saved_mib']:,.2f}"),
         ("peak memory of the step, MiB", lambda n, v: _number(v["peak_mib"])),
         ("trained parameters", lambda n, v: f"{v['trained']:,}"),
-        ("gradients' difference from eager", lambda n, v: _difference(v)),
+        ("gradients off eager's by", lambda n, v: _difference(v)),
     ]
     rows = [["", *variants]]
     rows += [[label, *(figure(name, v) for name, v in variants.items())] for label, figure in figures]
