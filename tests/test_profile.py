@@ -238,12 +238,13 @@ def gradients_reach(variant):
 def test_the_frozen_step_goes_back_to_the_first_adapter_and_no_further():
     eager = eager_of("build")
     frozen = make("frozen", found("build"), eager, None, ())
-    seen = gradients_reach(frozen)
-    assert "blocks.0.attention.output" not in seen and "words" not in seen and "blocks.0.after_attention" in seen
-    assert {"blocks.0", "blocks.1.attention.query"} <= seen
-    bare = make("frozen", found("by_hand"), eager, None, ())
+    bare = make("frozen", found("by_hand"), eager, None, ())  # built by adapters=False
     inputs = eager.parts.feed.next()
     assert torch.equal(frozen.parts.model(inputs[0]), bare.parts.model(inputs[0]))
+    for variant in (frozen, bare):
+        seen = gradients_reach(variant)
+        assert "blocks.0.attention.output" not in seen and "words" not in seen
+        assert {"blocks.0.after_attention", "blocks.0", "blocks.1.attention.query"} <= seen
 
 
 @pytest.mark.parametrize("method", METHODS)

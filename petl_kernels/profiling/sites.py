@@ -90,7 +90,7 @@ def take_out(model: nn.Module, adapted: nn.Module, names: Sequence[str] = ()) ->
     Returns:
         Why that is not possible, or None.
     """
-    starts = _starts(adapted) | {site.name for site in find_sites(adapted, names)}
+    starts = {site.name for site in find_sites(adapted, names)}
     attached = [(name, part) for name, part in model.named_modules() if part in _attached]
     for name, part in attached:
         starts |= {f"{name}.{each}".lstrip(".") for each in _attached[part].inserted}
@@ -105,29 +105,23 @@ def take_out(model: nn.Module, adapted: nn.Module, names: Sequence[str] = ()) ->
     return None
 
 
-def freeze(model: nn.Module, adapted: nn.Module, starts: set[str] | None = None) -> None:
-    """Freeze a model without adapters, whose gradient then goes back to the first of the modules `starts`."""
-    starts = _starts(adapted) if starts is None else starts
+def freeze(model: nn.Module, adapted: nn.Module, places: set[str]) -> None:
+    """Freeze a model without adapters; its gradient goes back to the first module that was a place of adapters or
+    trains in `adapted`, or, where there is no such module without adapters, to the one around it."""
     model.requires_grad_(False)
-    let_gradients_start(model, starts)
     trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
+    modules = dict(model.named_modules())
     for name, p in model.named_parameters():
         # Of a module that computes with its children: the gradient has to come to the parameter itself.
-        if name in trained and any(True for _ in model.get_submodule(name.rpartition(".")[0]).children()):
+        if name in trained and any(True for _ in modules[name.rpartition(".")[0]].children()):
             p.requires_grad_(True)
-
-
-def _starts(adapted: nn.Module) -> set[str]:
-    return {name.rpartition(".")[0] for name, p in adapted.named_parameters() if p.requires_grad} - {""}
-
-
-def let_gradients_start(model: nn.Module, names: set[str]) -> None:
-    """Have the gradient of the frozen model go back to the first of these modules."""
-    methods = ("forward", "bottleneck_layer_forward")
-    for name, module in model.named_modules():
-        for method in methods if name in names else ():
-            if (original := getattr(module, method, None)) is not None:
-                setattr(module, method, partial(_started, original))
+    for start in places | {name.rpartition(".")[0] for name in trained}:
+        while start and start not in modules:
+            start = start.rpartition(".")[0]
+        for method in ("forward", "bottleneck_layer_forward") if start else ():
+            original = getattr(modules[start], method, None)
+            if original is not None and getattr(original, "func", None) is not _started:
+                setattr(modules[start], method, partial(_started, original))
 
 
 def _started(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -139,7 +139,7 @@ def _frozen(target: Target, eager: Variant, adapters: Sequence[str]) -> Variant:
     state = eager.parts.model.state_dict()
     parts.model.load_state_dict(state, strict=not target.bare)
     if target.bare:
-        freeze(parts.model, eager.parts.model)
+        freeze(parts.model, eager.parts.model, {site.name for site in eager.sites})
     else:
         reason = take_out(parts.model, eager.parts.model, adapters)
     return Variant("frozen", parts, REFERENCE, unavailable=reason)
