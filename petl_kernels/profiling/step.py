@@ -9,7 +9,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -101,7 +101,7 @@ def time_steps(variants: list[Variant], device: str, steps: int, tick: Callable[
                 marks = variant.step(now)
             parts[variant.name].append([end - start for start, end in pairwise(marks)])
             if times is not None:
-                adapters[variant.name].append((times().forward, times().backward))
+                adapters[variant.name].append((times.forward, times.backward))
             tick()
     return {v.name: _summary(v, seconds[v.name], parts[v.name], adapters[v.name]) for v in variants}
 
@@ -112,33 +112,24 @@ def rounds(steps: int) -> int:
 
 
 @contextmanager
-def _watched(variant: Variant) -> Iterator[Callable[[], ModuleTime] | None]:
+def _watched(variant: Variant) -> Iterator[ModuleTime | None]:
+    """What the adapters take meanwhile, complete at the end; None where they cannot be told apart."""
     if not variant.sites or variant.compiled:  # compiled, they are part of larger kernels
         yield None
         return
-    times: ModuleTime = ModuleTime()
-    calls: list[Any] = []
+    times, calls = ModuleTime(), list[Any]()
     with _sites(variant, partial(_timed, times=times, calls=calls)):
-        yield lambda: _closed(times, calls)
-
-
-def _closed(times: ModuleTime, calls: list[Any]) -> ModuleTime:
+        yield times
     times.backward = sum(call.last - call.first for call in calls if call.first)
-    return times
 
 
 @contextmanager
 def _sites(variant: Variant, watch: Callable[..., Any]) -> Iterator[None]:
     """`watch(modules, method)` around all sites."""
-    methods = {site.method for site in variant.sites}
-    stack = [watch([s.module for s in variant.sites if s.method == method], method) for method in sorted(methods)]
-    for each in stack:
-        each.__enter__()
-    try:
+    with ExitStack() as stack:
+        for method in sorted({site.method for site in variant.sites}):
+            stack.enter_context(watch([site.module for site in variant.sites if site.method == method], method))
         yield
-    finally:
-        for each in reversed(stack):
-            each.__exit__(None, None, None)
 
 
 def _summary(variant: Variant, seconds: list[Any], parts: list[list[float]], adapters: list[Any]) -> Measured:
