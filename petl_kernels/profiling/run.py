@@ -16,7 +16,7 @@ from petl_kernels.env import cpu_model
 from petl_kernels.profiling import step
 from petl_kernels.profiling.sites import Site
 from petl_kernels.profiling.target import Target, TargetError
-from petl_kernels.profiling.variants import Variant, compare, make
+from petl_kernels.profiling.variants import Variant, compare, make, reference
 
 Say = Callable[[str, int, int], None]  # what is going on, how much of it is done, of how much
 
@@ -91,6 +91,7 @@ def _prepared(target: Target, plan: Plan, say: Say) -> tuple[Variant, list[Varia
     first = eager.parts.feed.next()
     try:
         eager.step()
+        wanted = reference(eager, first)
     except TargetError:
         raise
     except Exception as error:
@@ -103,7 +104,7 @@ def _prepared(target: Target, plan: Plan, say: Say) -> tuple[Variant, list[Varia
         if variant is eager or variant.unavailable:
             continue
         try:
-            if name != "frozen" and (failure := compare(variant, eager, first)) is not None:
+            if name != "frozen" and (failure := compare(variant, wanted, first)) is not None:
                 wrong.append(failure)
                 variant.unavailable = f"wrong: {failure}"
                 continue
