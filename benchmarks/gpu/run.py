@@ -14,11 +14,11 @@ from rich.console import Console
 
 from gpu import steps
 from gpu.device import Cuda, Device, Rehearsal
-from gpu.models import BERT, Encoder, Size, ViT
 from gpu.plan import REHEARSED, Budget, Grid, units
 from gpu.report import plot
 from gpu.suite import EXPECTED, Suite
 from petl_kernels.testing import CASES
+from petl_kernels.testing.models import BERT, Encoder, Size, ViT
 
 RESULTS = Path(__file__).parents[1] / "results"
 TINY = Size(width=16, layers=2, heads=2, tokens=5, vocabulary=30, image=8, patch=4)

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from gpu.clocks import times
 from gpu.device import Call
-from gpu.models import BERT, METHODS, Encoder, ViT, nothing
 from gpu.report import Measurement, print_group
 from gpu.suite import Suite
 from petl_kernels import use_impl
 from petl_kernels.profiling import saved_bytes
+from petl_kernels.testing.models import BERT, METHODS, Encoder, ViT, nothing
 
 MODELS: dict[str, Callable[[], Encoder]] = {"bert-base": BERT, "vit-b16": ViT}
 BATCHES = (64, 8)
