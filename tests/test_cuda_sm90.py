@@ -17,9 +17,9 @@ pytest.importorskip("petl_kernels.ops.bottleneck_adapter.cuda_sm90", exc_type=Im
 from petl_kernels.ops.bottleneck_adapter import cuda_sm90
 
 
-def call(n=8, d_in=64, r=16, d_out=64, dtype=torch.bfloat16, residual=None):
+def call(n=8, d_in=64, r=16, d_out=64, dtype=torch.bfloat16, residual=None, gate=None, p=0.0, activation="gelu"):
     x, w_down, w_up = torch.ones(n, d_in), torch.ones(r, d_in), torch.ones(d_out, r)
-    return x.to(dtype), w_down, None, w_up, None, x.to(residual or dtype)
+    return x.to(dtype), w_down, None, w_up, None, x.to(residual or dtype), 1.0, gate, None, p, activation
 
 
 @pytest.mark.parametrize(
@@ -31,16 +31,19 @@ def call(n=8, d_in=64, r=16, d_out=64, dtype=torch.bfloat16, residual=None):
         ({"d_in": 1032, "d_out": 1032}, "rows of up to 1024, got .* d = 1032"),
         ({"r": 12}, "multiples of 8 .* got r = 12"),
         ({"d_in": 100, "d_out": 100}, "multiples of 8 .* d = 100"),
+        ({"gate": torch.ones(8, 1)}, "does not compute a gate; impl='cuda' does"),
+        ({"p": 0.1}, "does not compute dropout"),
+        ({"activation": "softmax"}, "does not compute a softmax"),
     ],
 )
 def test_what_does_not_fit(changed, reason):
-    assert cuda_sm90.unfit(*call(), None) is None
-    found = cuda_sm90.unfit(*call(**changed), None)
+    assert cuda_sm90.unfit(*call()) is None
+    found = cuda_sm90.unfit(*call(**changed))
     assert found is not None and re.search(reason, found), found
 
 
 def test_explain_says_why_not():
-    x, w_down, _, w_up, _, _ = call()
+    x, w_down, _, w_up, *_ = call()
     others = explain(bottleneck_adapter, x, w_down, None, w_up, None).others
     assert "tensors on a GPU" in others["cuda_sm90"]
 
