@@ -71,11 +71,11 @@ def case_impl(of: Any = impls, differentiable: bool = False) -> list[Any]:
 
 
 # Compiled, a dtype is a matter of tracing: which kernels it reaches, eager calls have shown.
-COMPILED = {"reference": (torch.float32,)}
+COMPILED = {"reference": (torch.float32,), "triton": (torch.float32,)}
 
 
 def table(compiled: bool = False) -> list[Any]:
-    """Parameters (case, sample, impl, dtype): every dtype in eager, float32 and bfloat16 compiled."""
+    """Parameters (case, sample, impl, dtype): every dtype in eager, float32 compiled, of cpp bfloat16 too."""
     parameters = []
     for case in CASES:
         for impl in impls(case):
