@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from table import (
     DTYPES,
@@ -98,17 +98,19 @@ def test_autocast(case, impl):
 
 @st.composite
 def random_calls(draw: Any) -> tuple[Case, dict[str, Any], torch.dtype, int]:
-    """A sample of the table with its sizes redrawn: any int from the smallest the table has, up to 130."""
+    """A sample of the table with its sizes redrawn: any int from the smallest the table has, up to 128, the widest
+    bottleneck of Triton's adapters with a norm."""
     case = draw(st.sampled_from(CASES))
     sample = dict(draw(st.sampled_from(case.samples)))
     for key, value in sample.items():
         if type(value) is int:
-            sample[key] = draw(st.integers(min(s.get(key, value) for s in case.samples), 130))
+            sample[key] = draw(st.integers(min(s.get(key, value) for s in case.samples), 128))
     dtype = draw(st.sampled_from((torch.float32, *LOW)))
     return case, sample, dtype, draw(st.integers(0, 2**16))
 
 
-@settings(derandomize=True, deadline=None, max_examples=25, database=None)
+# Not shrunk: a call that fails is judged by 32 draws, each time, under Triton's interpreter for minutes.
+@settings(derandomize=True, deadline=None, max_examples=25, database=None, phases=[Phase.generate])
 @given(random_calls())
 def test_random_calls(drawn):
     case, sample, dtype, seed = drawn
