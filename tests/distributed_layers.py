@@ -99,6 +99,7 @@ def self_attention() -> nn.MultiheadAttention:
 K = len(CHANNELS)
 CASES = {
     "BottleneckAdapter": Case(lambda: layers.BottleneckAdapter(D, R, scale="learned", impl="cpp")),
+    "AdapterNorm": Case(lambda: layers.AdapterNorm(D, R, impl="cpp"), beside),
     "AdapterPlus": Case(lambda: layers.AdapterPlus(D, R, drop_path=0.0, impl="cpp")),
     "ParallelAdapter": Case(lambda: layers.ParallelAdapter(D, R, impl="cpp"), beside),
     "AdaptFormer": Case(lambda: layers.AdaptFormer(D, R, dropout=0.0, impl="cpp"), beside),
@@ -131,6 +132,7 @@ CASES = {
     ),
     "MAM": Case(lambda: layers.MAM(D, HEADS, prefix_length=3, bottleneck=R, reparametrization=6, impl="cpp"), mam),
     "MultiHeadParallelAdapter": Case(lambda: layers.MultiHeadParallelAdapter(D, HEADS, R), on_heads),
+    "NormAdapter": Case(lambda: layers.NormAdapter(D, R, norm="rms", impl="cpp")),
     "PrefixAdapter": Case(lambda: layers.PrefixAdapter(D, HEADS, 3, reparametrization=None), prefix),
 }
 
