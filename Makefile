@@ -108,6 +108,10 @@ sanitize: $(GPU_READY)
 
 bench-gpu: $(GPU_READY)
 	$(ON_GPU) $(GPU_PYTHON) benchmarks/run.py --suite gpu
+	for impl in triton cuda; do \
+	  $(ON_GPU) $(GPU_PYTHON) benchmarks/optimizer.py --device cuda --impl $$impl \
+	    --csv benchmarks/results/optimizer-gpu-$$impl.csv || exit 1; \
+	done
 	$(MAKE) crossover
 
 crossover: $(GPU_READY)
