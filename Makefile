@@ -41,7 +41,7 @@ test-cpp: $(READY)
 	$(BIN)/ctest --test-dir build/tests --parallel 2 --output-on-failure
 
 test-python: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not resources'
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not resources and not distributed'
 
 resources: $(READY)
 	$(BIN)/python -m pytest -n 2 tests/test_triton_compile.py

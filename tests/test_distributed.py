@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from petl_kernels import nn
 
+pytestmark = pytest.mark.distributed
 FOLDER = Path(__file__).parent
 EXAMPLE = FOLDER.parent / "examples" / "distributed.py"
 EXACT = 1e-12  # relative, in float64: what the order of the sums may change
