@@ -14,7 +14,6 @@ from torch import Tensor
 from petl_kernels.ops._cuda import Workspace, _cuda, cannot_run, capability, launch_on
 from petl_kernels.ops._gradients import new_gradients
 from petl_kernels.ops._rows import row_major, rows
-from petl_kernels.ops.bottleneck_adapter import cuda
 from petl_kernels.ops.bottleneck_adapter.reference import CODES
 
 if not hasattr(_cuda, "bottleneck_forward_sm90"):
@@ -30,7 +29,7 @@ def unsupported(x: Tensor, w_down: Tensor, b_down: Tensor | None, w_up: Tensor, 
         return reason
     if capability(x.device.index) != (9, 0):
         return "it needs compute capability 9.0, got {}.{}".format(*capability(x.device.index))
-    return unfit(x, w_down, b_down, w_up, *rest) or cuda.unsupported(x, w_down, b_down, w_up, *rest)
+    return unfit(x, w_down, b_down, w_up, *rest)
 
 
 def unfit(x: Tensor, w_down: Tensor, b_down: Tensor | None, w_up: Tensor, *rest: Any) -> str | None:
