@@ -9,13 +9,6 @@
 namespace petl::PETL_ISA {
 namespace {
 
-// scales[c] = alpha * scale[c], for every output channel.
-template <typename C>
-void fill_scales(const Rows& scale, int64_t size, double alpha, int64_t d_out, C* scales) {
-  if (scale) widen<C>(scale, 0, 1, size, scales, size);
-  for (int64_t c = d_out - 1; c >= 0; --c) scales[c] = static_cast<C>(alpha) * (scale ? scales[size == 1 ? 0 : c] : C(1));
-}
-
 // The dropout factors and the gate of one block of rows, and where that keeps them.
 template <typename C, typename Call>
 Modifiers<C> modifiers(const Call& call, int64_t row, int64_t rows, int64_t ld, C* factors, C* gate) {

@@ -1,11 +1,18 @@
 // What happens between the two projections, to a block of rows [rows, r] in L1: activation or softmax, dropout, gate,
-// and the derivative of all that.
+// and the derivative of all that; and the scale of what comes out.
 #pragma once
 
 #include "activation.h"
 #include "dropout.h"
 
 namespace petl::PETL_ISA {
+
+// scales[c] = alpha * scale[c], for every output channel.
+template <typename C>
+void fill_scales(const Rows& scale, int64_t size, double alpha, int64_t d_out, C* scales) {
+  if (scale) widen<C>(scale, 0, 1, size, scales, size);
+  for (int64_t c = d_out - 1; c >= 0; --c) scales[c] = static_cast<C>(alpha) * (scale ? scales[size == 1 ? 0 : c] : C(1));
+}
 
 // The rest of what a block of rows goes through: `factors` of dropout, in rows like those of h, and the gate of each
 // row. Either may be null.
