@@ -51,6 +51,48 @@ def sum_all(part_ptr, out_ptr, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def sum_adapter(
+    part_w_down_ptr,
+    part_b_down_ptr,
+    part_w_up_ptr,
+    part_b_up_ptr,
+    part_scale_ptr,
+    dw_down_ptr,
+    db_down_ptr,
+    dw_up_ptr,
+    db_up_ptr,
+    dscale_ptr,
+    groups,
+    scale_shares,
+    which,
+    block,
+    D_IN: tl.constexpr,
+    D_OUT: tl.constexpr,
+    R: tl.constexpr,
+    CHANNEL_SCALE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Sum the groups' shares of a bottleneck's gradient number `which`, from 0 to 4.
+
+    The scale has one share per group and chunk of ranks; a scalar one also sums over its channels.
+    """
+    if part_w_down_ptr is not None and which == 0:
+        sum_groups(part_w_down_ptr, dw_down_ptr, groups, R * D_IN, block, BLOCK_P, BLOCK)
+    if part_w_up_ptr is not None and which == 1:
+        sum_groups(part_w_up_ptr, dw_up_ptr, groups, D_OUT * R, block, BLOCK_P, BLOCK)
+    if part_b_down_ptr is not None and which == 2:
+        sum_groups(part_b_down_ptr, db_down_ptr, groups, R, block, BLOCK_P, BLOCK)
+    if part_b_up_ptr is not None and which == 3:
+        sum_groups(part_b_up_ptr, db_up_ptr, groups, D_OUT, block, BLOCK_P, BLOCK)
+    if part_scale_ptr is not None and which == 4:
+        if CHANNEL_SCALE:
+            sum_groups(part_scale_ptr, dscale_ptr, scale_shares, D_OUT, block, BLOCK_P, BLOCK)
+        elif block == 0:
+            sum_all(part_scale_ptr, dscale_ptr, scale_shares * D_OUT, BLOCK)
+
+
+@triton.jit
 def keep(seed_ptr, block, ranks, threshold, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr):
     """What the dropout that `ops._dropout` defines keeps of the rows from block * BLOCK_M on, bool [BLOCK_M, BLOCK_R].
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from petl_kernels.ops._triton_kernels import load_tile, store_tile, sum_all, sum_groups
+from petl_kernels.ops._triton_kernels import load_tile, store_tile, sum_adapter, sum_groups
 from petl_kernels.ops._triton_norm import add_statistics, finish_statistics, parameter
 from petl_kernels.ops.bottleneck_adapter.triton_activations import activate, activate_grad, softmax, softmax_grad
 from petl_kernels.ops.bottleneck_adapter.triton_kernels import _up_slab
@@ -353,25 +353,17 @@ def _adapter_norm_bwd_sum_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Sum the shares; program axis 1 picks the gradient. A scalar scale also sums over its channels.
+    """Sum the shares; program axis 1 picks the gradient.
 
     The norm's gradients have a share per tile of rows, many and short: their blocks are tall and narrow.
     """
     block = tl.program_id(0)
     which = tl.program_id(1)
-    if part_w_down_ptr is not None and which == 0:
-        sum_groups(part_w_down_ptr, dw_down_ptr, groups, R * D_IN, block, BLOCK_P, BLOCK)
-    if part_w_up_ptr is not None and which == 1:
-        sum_groups(part_w_up_ptr, dw_up_ptr, groups, D * R, block, BLOCK_P, BLOCK)
-    if part_b_down_ptr is not None and which == 2:
-        sum_groups(part_b_down_ptr, db_down_ptr, groups, R, block, BLOCK_P, BLOCK)
-    if part_b_up_ptr is not None and which == 3:
-        sum_groups(part_b_up_ptr, db_up_ptr, groups, D, block, BLOCK_P, BLOCK)
-    if part_scale_ptr is not None and which == 4:
-        if CHANNEL_SCALE:
-            sum_groups(part_scale_ptr, dscale_ptr, scale_shares, D, block, BLOCK_P, BLOCK)
-        elif block == 0:
-            sum_all(part_scale_ptr, dscale_ptr, scale_shares * D, BLOCK)
+    sum_adapter(
+        part_w_down_ptr, part_b_down_ptr, part_w_up_ptr, part_b_up_ptr, part_scale_ptr,
+        dw_down_ptr, db_down_ptr, dw_up_ptr, db_up_ptr, dscale_ptr,
+        groups, scale_shares, which, block, D_IN, D, R, CHANNEL_SCALE, BLOCK_P, BLOCK,
+    )  # fmt: skip
     if part_ln_weight_ptr is not None and which == 5:
         sum_groups(part_ln_weight_ptr, dln_weight_ptr, tiles, D, block, 64, BLOCK // 8)
     if part_ln_bias_ptr is not None and which == 6:

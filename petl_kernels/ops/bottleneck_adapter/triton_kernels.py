@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from petl_kernels.ops._triton_kernels import keep, load_of_rows, load_tile, store_tile, sum_all, sum_groups
+from petl_kernels.ops._triton_kernels import keep, load_of_rows, load_tile, store_tile, sum_adapter
 from petl_kernels.ops.bottleneck_adapter.triton_activations import activate, activate_grad, softmax, softmax_grad
 
 
@@ -375,22 +375,11 @@ def _bottleneck_adapter_bwd_sum_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Sum the groups' shares; program axis 1 picks the gradient. A scalar scale also sums over its channels.
-
-    The scale has one share per group and chunk of ranks.
-    """
+    """Sum the groups' shares; program axis 1 picks the gradient."""
     block = tl.program_id(0)
     which = tl.program_id(1)
-    if part_w_down_ptr is not None and which == 0:
-        sum_groups(part_w_down_ptr, dw_down_ptr, groups, R * D_IN, block, BLOCK_P, BLOCK)
-    if part_w_up_ptr is not None and which == 1:
-        sum_groups(part_w_up_ptr, dw_up_ptr, groups, D_OUT * R, block, BLOCK_P, BLOCK)
-    if part_b_down_ptr is not None and which == 2:
-        sum_groups(part_b_down_ptr, db_down_ptr, groups, R, block, BLOCK_P, BLOCK)
-    if part_b_up_ptr is not None and which == 3:
-        sum_groups(part_b_up_ptr, db_up_ptr, groups, D_OUT, block, BLOCK_P, BLOCK)
-    if part_scale_ptr is not None and which == 4:
-        if CHANNEL_SCALE:
-            sum_groups(part_scale_ptr, dscale_ptr, scale_shares, D_OUT, block, BLOCK_P, BLOCK)
-        elif block == 0:
-            sum_all(part_scale_ptr, dscale_ptr, scale_shares * D_OUT, BLOCK)
+    sum_adapter(
+        part_w_down_ptr, part_b_down_ptr, part_w_up_ptr, part_b_up_ptr, part_scale_ptr,
+        dw_down_ptr, db_down_ptr, dw_up_ptr, db_up_ptr, dscale_ptr,
+        groups, scale_shares, which, block, D_IN, D_OUT, R, CHANNEL_SCALE, BLOCK_P, BLOCK,
+    )  # fmt: skip
