@@ -15,6 +15,7 @@ from petl_kernels.ops._refuse import differentiable_once
 from petl_kernels.ops._validate import autocast, autocast_enabled
 from petl_kernels.ops.adapter_norm.reference import adapter_norm as reference
 from petl_kernels.ops.adapter_norm.validation import validate
+from petl_kernels.ops.bottleneck_adapter import FAST_BF16
 
 __all__ = ["adapter_norm"]
 
@@ -71,15 +72,9 @@ def _fake_backward(
     return dx, dresidual, *new_gradients(parameters, needs[2:], z)
 
 
-# bfloat16 instructions that torch's matmul uses and our kernels do not.
-_FAST_BF16 = torch.backends.cpu.get_cpu_capability() == "AVX512" and (
-    torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-)
-
-
 def _preference(x: Tensor, *_: Any) -> tuple[str, ...]:
-    # From benchmarks/results.
-    return () if x.dtype == torch.bfloat16 and _FAST_BF16 else ("cpp",)
+    # From benchmarks/results. These kernels use no bfloat16 instructions.
+    return () if x.dtype == torch.bfloat16 and FAST_BF16 else ("cpp",)
 
 
 def _sizes(x: Tensor, residual: Any, hidden: Any, w_down: Tensor, *_: Any) -> tuple[int, ...]:

@@ -31,7 +31,7 @@ def _fake_backward(g, x, z, w_down, b_down, w_up, b_up, scale, gate, seed, dropo
 
 
 # Where torch's matmul uses bfloat16 instructions.
-_FAST_BF16 = torch.backends.cpu.get_cpu_capability() == "AVX512" and (
+FAST_BF16 = torch.backends.cpu.get_cpu_capability() == "AVX512" and (
     torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 )
 
@@ -39,7 +39,7 @@ _FAST_BF16 = torch.backends.cpu.get_cpu_capability() == "AVX512" and (
 def _preference(x: Tensor, *_: Any) -> tuple[str, ...]:
     # From benchmarks/results. Recorded before our kernels used AVX512-BF16: eager was 1.0-1.3x faster at five of
     # the six shapes.
-    if x.dtype == torch.bfloat16 and _FAST_BF16:
+    if x.dtype == torch.bfloat16 and FAST_BF16:
         return ()
     return ("cpp",)
 
