@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from petl_kernels.nn._check import check_choice
-from petl_kernels.nn.channel_linear import freeze, plain_linear, weight_and_bias
-from petl_kernels.nn.lora_merged import check_slices, is_conv1d
+from petl_kernels.nn.channel_linear import freeze, plain_linear
+from petl_kernels.nn.lora_merged import check_slices, parameters_of
 from petl_kernels.ops._select import AUTO
 from petl_kernels.ops.channel_scale import OP, channel_scale
 
@@ -88,11 +88,8 @@ class IA3Linear(nn.Module):
                 Parameter.
             ValueError: side, slices or impl outside the above.
         """
-        if is_conv1d(linear):
-            weight, bias = linear._parameters["weight"], linear._parameters["bias"]
-            assert weight is not None
-            return cls(weight, bias, fan_in_fan_out=True, **options)
-        return cls(*weight_and_bias("IA3Linear", linear), **options)
+        weight, bias, transposed = parameters_of("IA3Linear", linear)
+        return cls(weight, bias, fan_in_fan_out=transposed, **options)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

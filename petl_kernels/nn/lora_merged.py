@@ -99,11 +99,8 @@ class LoRAMergedLinear(nn.Module):
                 Parameter.
             ValueError: rank, slices, alpha, dropout or impl outside the above.
         """
-        if is_conv1d(linear):
-            weight, bias = linear._parameters["weight"], linear._parameters["bias"]
-            assert weight is not None
-            return cls(weight, bias, rank, slices, fan_in_fan_out=True, **options)
-        return cls(*weight_and_bias("LoRAMergedLinear", linear), rank, slices, **options)
+        weight, bias, transposed = parameters_of("LoRAMergedLinear", linear)
+        return cls(weight, bias, rank, slices, fan_in_fan_out=transposed, **options)
 
     @property
     def scale(self) -> float:
@@ -161,6 +158,15 @@ def add_branches(
 def is_conv1d(module: Any) -> bool:
     """Whether it is the linear with a transposed weight that GPT-2 of `transformers` is made of."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and "weight" in module._parameters
+
+
+def parameters_of(owner: str, linear: Any) -> tuple[nn.Parameter, nn.Parameter | None, bool]:
+    """Weight and bias of a linear that the layer `owner` takes over, and whether the weight is transposed."""
+    if not is_conv1d(linear):
+        return *weight_and_bias(owner, linear), False
+    weight, bias = linear._parameters["weight"], linear._parameters["bias"]
+    assert weight is not None
+    return weight, bias, True
 
 
 def check_slices(owner: str, slices: Any, size: int) -> Slices:
