@@ -16,7 +16,7 @@ import torch
 import typer
 from options import DTYPES, some_of
 from provenance import provenance
-from report import Measurement, print_group, write_csv
+from report import Measurement, print_group, print_origin, save
 from rich.console import Console
 from timing import Call, ceilings, interleave
 from torch import Tensor
@@ -66,8 +66,7 @@ def main(
     torch.set_num_threads(threads or torch.get_num_threads())
     names = some_of("--dtype", dtype, NAMES)
     origin = provenance("cpu")
-    for name, value in origin.items():
-        console.print(f"{name:13}{value}", markup=False)
+    print_origin(console, origin)
     found: list[Measurement] = []
     for name in names:
         torch.manual_seed(0)
@@ -91,9 +90,7 @@ def main(
         group = [Measurement("adapter_bank", who, "full", sample, name, times[who], *work, limits) for who in calls]
         print_group(console, group, baselines=["one adapter", "loop"])
         found += group
-    if csv is not None:
-        write_csv(csv, found, origin)
-        console.print(f"{len(found)} measurements written to {csv}", markup=False)
+    save(console, csv, found, origin)
 
 
 if __name__ == "__main__":

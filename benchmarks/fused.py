@@ -8,9 +8,7 @@ code is 1.
 from __future__ import annotations
 
 import copy
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +16,9 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from options import DTYPES, some_of
+from options import DTYPES, own_inductor_cache, some_of
 from provenance import provenance
-from report import Measurement, print_group, write_csv
+from report import Measurement, print_group, print_origin, save
 from rich.console import Console
 from timing import Call, ceilings, interleave
 from torch import Tensor, nn
@@ -179,12 +177,10 @@ def main(
     csv: Annotated[Path | None, typer.Option(help="Write the measurements here.")] = None,
 ) -> None:
     """Check, then time in interleaved rounds."""
-    inductor = tempfile.TemporaryDirectory(prefix="petl_kernels_inductor_")  # as benchmarks/run.py has it
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = inductor.name
+    own_inductor_cache()
     torch.set_num_threads(threads or torch.get_num_threads())
     origin = provenance("cpu")
-    for name, value in origin.items():
-        console.print(f"{name:13}{value}", markup=False)
+    print_origin(console, origin)
     found: list[Measurement] = []
     for name in some_of("--dtype", dtype, NAMES):
         torch._dynamo.reset()
@@ -201,9 +197,7 @@ def main(
             group += measure(site, fused, tokens, width, name, compile, seconds, repeats)
         print_group(console, group, baselines=["library", "compile"])
         found += group
-    if csv is not None:
-        write_csv(csv, found, origin)
-        console.print(f"{len(found)} measurements written to {csv}", markup=False)
+    save(console, csv, found, origin)
 
 
 if __name__ == "__main__":

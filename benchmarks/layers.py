@@ -7,9 +7,7 @@ weights. Correctness comes first: where outputs or gradients differ, nothing is 
 
 from __future__ import annotations
 
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,9 +16,9 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
-from options import DTYPES, some_of
+from options import DTYPES, own_inductor_cache, some_of
 from provenance import provenance
-from report import Measurement, print_group, write_csv
+from report import Measurement, print_group, print_origin, save
 from rich.console import Console
 from timing import Call, ceilings, interleave
 from torch import Tensor, nn
@@ -193,14 +191,11 @@ def main(
     csv: Annotated[Path | None, typer.Option(help="Write the measurements here.")] = None,
 ) -> None:
     """Check, then time both libraries' modules in interleaved rounds."""
-    # A cache of its own, as benchmarks/run.py has it.
-    inductor = tempfile.TemporaryDirectory(prefix="petl_kernels_inductor_")
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = inductor.name
+    own_inductor_cache()
     torch.set_num_threads(threads or torch.get_num_threads())
     dtypes = some_of("--dtype", dtype, NAMES)
     origin = provenance("cpu")
-    for name, value in origin.items():
-        console.print(f"{name:13}{value}", markup=False)
+    print_origin(console, origin)
     wrong, found = [], []
     for name in dtypes:
         bound = 1e-5 if name == "float32" else 4e-2
@@ -218,9 +213,7 @@ def main(
             group += measure(pair, tokens, width, name, compile, seconds, repeats)
         print_group(console, group, baselines=["library", "compile"])
         found += group
-    if csv is not None:
-        write_csv(csv, found, origin)
-        console.print(f"{len(found)} measurements written to {csv}", markup=False)
+    save(console, csv, found, origin)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 import typer
 from options import DTYPES, some_of
 from provenance import provenance
-from report import Measurement, write_csv
+from report import Measurement, print_origin, save
 from rich.console import Console
 from rich.table import Table
 from timing import ceilings, interleave
@@ -51,8 +51,7 @@ def main(
     torch.set_num_threads(threads or torch.get_num_threads())
     dtypes = some_of("--dtype", dtype, NAMES)
     origin = provenance(device)
-    for name, value in origin.items():
-        console.print(f"{name:13}{value}", markup=False)
+    print_origin(console, origin)
     wrong = [f"{name}: {f}" for name in dtypes for f in failures(width, DTYPES[name], device, impl)]
     if wrong:
         console.print("Wrong updates, so nothing is timed:", *wrong, sep="\n  ", markup=False)
@@ -61,9 +60,7 @@ def main(
     for name in dtypes:
         found += measure(layers, width, name, device, impl, seconds, repeats)
         print_table([m for m in found if m.dtype == name])
-    if csv is not None:
-        write_csv(csv, found, origin)
-        console.print(f"{len(found)} measurements written to {csv}", markup=False)
+    save(console, csv, found, origin)
 
 
 def shapes(layers: int, width: int) -> list[tuple[int, int]]:

@@ -151,6 +151,19 @@ def _figures(m: Measurement) -> list[str]:
     return figures
 
 
+def print_origin(console: Console, origin: Mapping[str, str]) -> None:
+    """What `provenance` found, above the tables."""
+    for name, value in origin.items():
+        console.print(f"{name:13}{value}", markup=False)
+
+
+def save(console: Console, path: Path | None, measurements: Sequence[Reported], origin: Mapping[str, str]) -> None:
+    """Write the file that was asked for, if one was, and say so."""
+    if path is not None:
+        write_csv(path, measurements, origin)
+        console.print(f"{len(measurements)} measurements written to {path}", markup=False)
+
+
 def write_csv(path: Path, measurements: Sequence[Reported], origin: Mapping[str, str]) -> None:
     """Write one row per metric of each measurement."""
     path.parent.mkdir(parents=True, exist_ok=True)

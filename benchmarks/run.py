@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,9 +15,9 @@ from typing import Annotated, Any
 import torch
 import typer
 from libraries import astray, baselines
-from options import DTYPES, some_of
+from options import DTYPES, own_inductor_cache, some_of
 from provenance import ISA_VARIABLES, provenance
-from report import Measurement, print_group, write_csv
+from report import Measurement, print_group, print_origin, save
 from rich.console import Console
 from rich.progress import track
 from timing import call_of, ceilings, interleave, repeated
@@ -63,9 +62,7 @@ def main(
         _emulate(isa)
     if suite is not None and suite != "gpu":
         raise typer.BadParameter(f"--suite must be gpu, got {suite!r}")
-    # A cache of its own: code that Inductor kept from a run under another instruction set has crashed this one.
-    inductor = tempfile.TemporaryDirectory(prefix="petl_kernels_inductor_")
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = inductor.name
+    own_inductor_cache()
     functorch.donated_buffer = False  # or a compiled backward could not be timed by itself
     torch.set_num_threads(threads or torch.get_num_threads())
     if suite == "gpu":
@@ -79,8 +76,7 @@ def main(
     wanted = known if op is None else some_of("--op", op, known)
     cases = [case for case in CASES if case.name in wanted]
     origin = provenance(device)
-    for name, value in origin.items():
-        console.print(f"{name:13}{value}", markup=False)
+    print_origin(console, origin)
 
     plan = [(case, samples(case, shape), implementations(case, impl, device, dtypes)) for case in cases]
     wrong = [f for case, shapes, names in plan for f in failures(case, shapes, names, dtypes, device)]
@@ -95,9 +91,7 @@ def main(
             for one in modes:
                 if group := [m for m in found if m.mode == one]:
                     print_group(console, group, baselines=["eager", "compile", *baselines(case)])
-    if csv is not None:
-        write_csv(csv, measurements, origin)
-        console.print(f"{len(measurements)} measurements written to {csv}", markup=False)
+    save(console, csv, measurements, origin)
 
 
 def _emulate(isa: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from options import some_of
 from provenance import provenance
-from report import write_csv
+from report import print_origin, save
 from rich.console import Console
 
 from gpu import steps
@@ -44,8 +44,7 @@ def run_suite(
     wanted = known if op is None else some_of("--op", op, known)
     kernels = some_of("--impl", impl, dict.fromkeys(n for case in CASES for n in case.op.impls)) if impl else None
     origin = provenance(device.kind) | ({"machine": device.name} if rehearse else {})
-    for name, value in origin.items():
-        console.print(f"{name:13}{value}", markup=False)
+    print_origin(console, origin)
     plan = units([case for case in CASES if case.name in wanted], REHEARSED if rehearse else Grid())
     with device.stream():
         budget = Budget(60 * minutes, expected={} if rehearse else EXPECTED)
@@ -62,9 +61,8 @@ def run_suite(
         return 1
     if csv is None and not rehearse:
         csv = RESULTS / f"{re.sub('[^a-z0-9]+', '-', device.name.lower()).strip('-')}.csv"
+    save(console, csv, suite.found, origin)
     if csv is not None:
-        write_csv(csv, suite.found, origin)
-        console.print(f"{len(suite.found)} measurements written to {csv}", markup=False)
         for path in plot(suite.found, csv.parent, csv.stem, origin["machine"]):
             console.print(f"plotted in {path}", markup=False)
     return 0
