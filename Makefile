@@ -38,7 +38,7 @@ test-cpp: $(READY)
 	$(BIN)/cmake -S csrc -B build/tests -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
 	  -DPETL_TESTS=ON -DPETL_SANITIZE=ON -DPETL_PYTHON=OFF -DPETL_CUDA=0
 	$(BIN)/cmake --build build/tests
-	$(BIN)/ctest --test-dir build/tests --parallel 2 --output-on-failure
+	OMP_WAIT_POLICY=passive $(BIN)/ctest --test-dir build/tests --parallel 2 --output-on-failure
 
 test-python: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not resources and not distributed'
