@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from petl_kernels.ops._adapter_norm import check_adapter, check_norm, check_term
+from petl_kernels.ops._adapter_norm import check_norm
+from petl_kernels.ops.bottleneck_adapter.validation import check_bottleneck, check_term
 
 _OP = "norm_adapter"
 
@@ -24,6 +25,6 @@ def validate(
     eps: Any,
 ) -> None:
     """Raise a ValueError or TypeError for a call that has no meaning; read shapes and dtypes only."""
-    d_in, d_out = check_adapter(_OP, x, w_down, b_down, w_up, b_up, scale, activation)
-    check_term(_OP, "residual", residual, x, d_out)
-    check_norm(_OP, x, d_in, ln_weight, ln_bias, norm, eps)
+    check_bottleneck(_OP, x, w_down, b_down, w_up, b_up, scale, activation)
+    check_term(_OP, "residual", residual, x, w_up)
+    check_norm(_OP, x, x.shape[-1], ln_weight, ln_bias, norm, eps)
