@@ -10,16 +10,11 @@
 namespace petl::PETL_ISA {
 namespace {
 
-template <typename T>
-T* at(const Rows& m, int64_t row) {
-  return static_cast<T*>(m.data) + row * m.stride;
-}
-
 // The rows of some spans as a product reads them, as `operand` gives those of one.
 template <typename P>
 Operand<P> gathered(const Rows& m, const Spans& spans, int64_t cols, P* scratch) {
   if (spans.size() == 1) return operand(m, spans[0].row, spans[0].count, cols, scratch);
-  const int64_t ld = scratch_stride<P>(steps<P>(cols));
+  const int64_t ld = operand_stride<P>(cols);
   P* to = scratch;
   for (const Span& s : spans) {
     copy_rows(m, s.row, s.count, cols, to, ld);

@@ -1,6 +1,8 @@
 // Blocks of rows: how many a thread takes at once, how many threads pay, products over a deep k, ordered sums.
 #pragma once
 
+#include <omp.h>
+
 #include "pairs.h"
 
 namespace petl::PETL_ISA {
@@ -25,6 +27,16 @@ inline int useful_threads(int threads, int64_t n, int64_t multiply_adds) {
   return static_cast<int>(most < 1 ? 1 : most < threads ? most : threads);
 }
 
+// Calls f(row, rows, first) for each block of this thread's share of n rows; tells whether it has any.
+template <typename F>
+bool for_blocks(int64_t n, int64_t block, F f) {
+  const Range range = share(n, omp_get_thread_num(), omp_get_num_threads());  // the team may be smaller than asked for
+  for (int64_t row = range.begin; row < range.end; row += block) {
+    f(row, range.end - row < block ? range.end - row : block, row == range.begin);
+  }
+  return range.begin < range.end;
+}
+
 // out = a panels (+ bias) (+ add), with the k steps cut into pieces accumulated in `out`: short ones where that is asked
 // for.
 template <typename C, typename P>
@@ -38,13 +50,14 @@ void deep_product(int64_t m, int64_t n, int64_t k, Operand<P> a, const P* panels
   }
 }
 
-// Adds the threads' partial sums in their order and stores `count` of them: sums[i] = sum_t partials[t][i].
+// Adds the threads' partial sums in their order: sums[i] = sum_t partials[t][i] for `count` of them, which may be in place.
 template <typename C>
 void sum_partials(const C* partials, int64_t distance, int threads, int64_t count, C* sums) {
-  for (int64_t i = 0; i < count; ++i) {
-    C sum = partials[i];
-    for (int t = 1; t < threads; ++t) sum += partials[t * distance + i];
-    sums[i] = sum;
+  if (sums != partials) std::memcpy(sums, partials, sizeof(C) * static_cast<size_t>(count));
+  for (int t = 1; t < threads; ++t) {
+    const C* more = partials + t * distance;
+#pragma GCC ivdep
+    for (int64_t i = 0; i < count; ++i) sums[i] += more[i];
   }
 }
 

@@ -15,6 +15,14 @@ constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + mu
 template <typename C>
 using Same = std::common_type_t<C>;  // in an argument that C is not deduced from, so that null can be passed
 
+template <typename T>
+T* at(const Rows& m, int64_t row) {
+  return static_cast<T*>(m.data) + row * m.stride;
+}
+inline Rows from_column(const Rows& m, int64_t col) {
+  return {static_cast<char*>(m.data) + col * element_bytes(m.dtype), m.dtype, m.stride};
+}
+
 // Calls f with a null pointer of the storage type that `dtype` names.
 template <typename C, typename F>
 PETL_INLINE void with_storage(DType dtype, F f) {

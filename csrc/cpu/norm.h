@@ -68,6 +68,14 @@ Normal<C> statistics(const C* row, int64_t d, double eps, bool rms) {
   return statistics_about(sum / static_cast<C>(d), row, d, eps, rms);
 }
 
+// A row in the type we compute in: in place, or widened into `scratch`.
+template <typename C>
+const C* values(const Rows& m, int64_t row, int64_t cols, C* scratch) {
+  if (m.dtype == (sizeof(C) == 8 ? DType::kFloat64 : DType::kFloat32)) return at<const C>(m, row);
+  widen(m, row, 1, cols, scratch, cols);
+  return scratch;
+}
+
 // A parameter in the type we compute in, padded to whole vectors; an absent one has one value throughout.
 template <typename C>
 void fill_parameter(const Rows& parameter, int64_t d, C absent, C* values) {

@@ -21,6 +21,36 @@ constexpr int64_t steps(int64_t k) {
   return (k + kPerStep<P> - 1) / kPerStep<P>;
 }
 
+// What rows of P hold in memory.
+template <typename P>
+struct ElementOf {
+  using type = P;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct ElementOf<Pair> {
+  using type = bf16;
+};
+#endif
+template <typename P>
+using Element = typename ElementOf<P>::type;
+
+// A row of P that a kernel writes element by element; `end_row` fills up the last P.
+template <typename P>
+PETL_INLINE Element<P>* elements(P* row) {
+  return reinterpret_cast<Element<P>*>(row);
+}
+template <typename P>
+PETL_INLINE void end_row(Element<P>* row, int64_t cols) {
+  if (kPerStep<P> > 1 && cols % kPerStep<P>) row[cols] = {};
+}
+
+// The row stride, in P, of scratch for rows of `cols` elements.
+template <typename P>
+int64_t operand_stride(int64_t cols) {
+  return scratch_stride<P>(steps<P>(cols));
+}
+
 // dst[i, :] = src[row + i, :cols] for `rows` rows.
 template <typename C>
 void copy_rows(const Rows& src, int64_t row, int64_t rows, int64_t cols, C* dst, int64_t ld) {
@@ -86,7 +116,7 @@ inline Operand<Pair> operand(const Rows& m, int64_t row, int64_t rows, int64_t c
   if (m.dtype == DType::kBFloat16 && m.stride % 2 == 0 && cols % 2 == 0 && !collide) {
     return {static_cast<const Pair*>(m.data) + row * m.stride / 2, m.stride / 2};
   }
-  const int64_t ld = scratch_stride<Pair>(steps<Pair>(cols));
+  const int64_t ld = operand_stride<Pair>(cols);
   copy_rows(m, row, rows, cols, scratch, ld);
   return {scratch, ld};
 }

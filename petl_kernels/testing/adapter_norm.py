@@ -68,7 +68,7 @@ def _samples() -> tuple[Mapping[str, Any], ...]:
     norm = ("ln_weight", "ln_bias")
     options: dict[str, dict[str, Any]] = {
         "rms": dict(norm="rms", activation="silu", scale=("d_out",)),
-        "parallel": dict(hidden="other", scale=(1,), activation="relu"),
+        "parallel": dict(hidden="other", d=101, d_out=33, scale=(1,), activation="relu"),
         "parallel-rms-no-residual": dict(hidden="other", residual=None, norm="rms", eps=0.5),
         "no-residual": dict(residual=None, scale=4.0, activation="tanh"),
         "plain": dict(biases=False, affine=False),
