@@ -18,10 +18,10 @@ from typing import Annotated
 
 import torch
 import typer
-from options import DTYPES, some_of
 from rich.console import Console
 from rich.table import Table
 
+from petl_kernels.benchmarking.options import DTYPES, some_of
 from petl_kernels.testing import CASES, Case, Error, errors, in_float64, run
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)

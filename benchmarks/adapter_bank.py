@@ -14,13 +14,13 @@ from typing import Annotated
 
 import torch
 import typer
-from options import DTYPES, some_of
-from provenance import provenance
-from report import Measurement, print_group, print_origin, save
 from rich.console import Console
-from timing import Call, ceilings, interleave
 from torch import Tensor
 
+from petl_kernels.benchmarking.options import DTYPES, some_of
+from petl_kernels.benchmarking.provenance import provenance
+from petl_kernels.benchmarking.report import Measurement, print_group, print_origin, save
+from petl_kernels.benchmarking.timing import Call, ceilings, interleave
 from petl_kernels.nn import AdapterBank
 
 NAMES = ("float32", "bfloat16")  # of the dtypes

@@ -16,14 +16,14 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
-from options import DTYPES, own_inductor_cache, some_of
-from provenance import provenance
-from report import Measurement, print_group, print_origin, save
 from rich.console import Console
-from timing import Call, ceilings, interleave
 from torch import Tensor, nn
 
 import petl_kernels
+from petl_kernels.benchmarking.options import DTYPES, own_inductor_cache, some_of
+from petl_kernels.benchmarking.provenance import provenance
+from petl_kernels.benchmarking.report import Measurement, print_group, print_origin, save
+from petl_kernels.benchmarking.timing import Call, ceilings, interleave
 from petl_kernels.nn import AdapterPlus, BottleneckAdapter, IA3Linear, LoRALinear, LoRAMergedLinear, ParallelAdapter
 from petl_kernels.profiling import saved_bytes
 

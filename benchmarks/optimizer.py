@@ -15,16 +15,16 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from options import DTYPES, some_of
-from provenance import provenance
-from report import Measurement, print_origin, save
 from rich.console import Console
 from rich.table import Table
-from timing import ceilings, interleave
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import AdamW, Optimizer
 
+from petl_kernels.benchmarking.options import DTYPES, some_of
+from petl_kernels.benchmarking.provenance import provenance
+from petl_kernels.benchmarking.report import Measurement, print_origin, save
+from petl_kernels.benchmarking.timing import ceilings, interleave
 from petl_kernels.optim import ChannelAdamW, Channels
 from petl_kernels.testing import Outcome, judge
 

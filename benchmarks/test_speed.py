@@ -1,7 +1,7 @@
-"""The same calls under pytest-benchmark, to compare work in progress: `pytest benchmarks --benchmark-enable`.
+"""The same calls under pytest-benchmark, to compare work in progress: `pytest benchmarks --benchmark-only`.
 
 `--benchmark-autosave` and `--benchmark-compare` keep and compare runs. The figures that are published come from
-run.py, which interleaves.
+`petl-kernels bench`, which interleaves.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from timing import call_of
 
+from petl_kernels.benchmarking.timing import call_of
 from petl_kernels.testing import CASES, arguments
 
 ROWS = [
@@ -39,3 +39,6 @@ def test_speed(benchmark: Any, case: Any, sample: Any, mode: str, impl: str) -> 
             torch.cuda.synchronize()
 
     benchmark(timed)
+    if benchmark.stats is not None:  # it is not disabled
+        moved = case.cost(sample, mode if case.differentiable else "forward")[1] * 4  # bytes of float32
+        benchmark.extra_info["GB/s"] = moved / benchmark.stats.stats.median / 1e9

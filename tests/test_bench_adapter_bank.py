@@ -11,9 +11,10 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+from petl_kernels.benchmarking import timing
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import adapter_bank
-import timing
 
 
 @pytest.fixture(autouse=True)

@@ -12,10 +12,11 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+from petl_kernels.benchmarking import timing
+
 pytest.importorskip("adapters", exc_type=Exception)
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import fused
-import timing
 
 QUICK = ["--tokens", "8", "--width", "64", "--repeats", "1", "--no-compile", "--dtype", "float32"]
 

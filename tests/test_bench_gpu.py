@@ -19,6 +19,9 @@ from rich.console import Console
 from table import demanded
 from typer.testing import CliRunner
 
+from petl_kernels.benchmarking import libraries
+from petl_kernels.benchmarking.report import COLUMNS, write_csv
+from petl_kernels.benchmarking.timing import Quantiles
 from petl_kernels.ops import _measured
 from petl_kernels.testing import CASES, check
 
@@ -27,13 +30,10 @@ sys.path.insert(0, str(FOLDER))
 import crossover  # noqa: E402
 import gpu.run  # noqa: E402
 import gpu.suite  # noqa: E402
-import libraries  # noqa: E402
 import run  # noqa: E402
 from gpu import clocks, lora, plan, steps  # noqa: E402
 from gpu.device import Cuda, Rehearsal  # noqa: E402
 from gpu.report import Measurement  # noqa: E402
-from report import COLUMNS, write_csv  # noqa: E402
-from timing import Quantiles  # noqa: E402
 
 ADAPTER = CASES[0]
 needs_cpp = pytest.mark.skipif(not demanded("cpp"), reason="PETL_KERNELS_TEST_IMPLS leaves the C++ kernels out")

@@ -11,12 +11,12 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+from petl_kernels.benchmarking import timing
+from petl_kernels.benchmarking.report import COLUMNS
 from petl_kernels.nn import LoRALinear
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import layers
-import timing
-from report import COLUMNS
 
 QUICK = ["--tokens", "8", "--width", "96", "--repeats", "3", "--no-compile"]
 

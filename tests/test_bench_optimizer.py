@@ -12,12 +12,12 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+from petl_kernels.benchmarking import timing
+from petl_kernels.benchmarking.report import COLUMNS
 from petl_kernels.ops.channel_adamw import reference
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import optimizer
-import timing
-from report import COLUMNS
 
 QUICK = ["--layers", "1", "--width", "16", "--repeats", "3", "--impl", "reference"]
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 
 import torch
-from timing import Quantiles
 
 from gpu.device import Call, Device
+from petl_kernels.benchmarking.timing import Quantiles
 
 ROUNDS = 7
 IN_A_GRAPH = 1e-3  # seconds of calls that a graph holds at least: the resolution of events is half a microsecond

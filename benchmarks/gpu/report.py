@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from report import Metric
 from rich.console import Console
 from rich.table import Table
-from timing import Quantiles
 
 from gpu.clocks import Times
+from petl_kernels.benchmarking.report import Metric
+from petl_kernels.benchmarking.timing import Quantiles
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from options import some_of
-from provenance import provenance
-from report import print_origin, save
 from rich.console import Console
 
 from gpu import steps
@@ -17,6 +14,9 @@ from gpu.device import Cuda, Device, Rehearsal
 from gpu.plan import REHEARSED, Budget, Grid, units
 from gpu.report import plot
 from gpu.suite import EXPECTED, Suite
+from petl_kernels.benchmarking.options import some_of
+from petl_kernels.benchmarking.provenance import provenance
+from petl_kernels.benchmarking.report import print_origin, save
 from petl_kernels.testing import CASES
 from petl_kernels.testing.models import BERT, Encoder, Size, ViT
 

@@ -13,10 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from libraries import astray, baselines
-from options import DTYPES
 from rich.console import Console
-from timing import call_of
 from torch import Tensor
 
 from gpu import lora
@@ -24,6 +21,9 @@ from gpu.clocks import Times, copies, copy_rate, first_line, replayed, times
 from gpu.device import Call, Device
 from gpu.plan import Budget, Unit
 from gpu.report import Measurement, print_group
+from petl_kernels.benchmarking.libraries import astray, baselines
+from petl_kernels.benchmarking.options import DTYPES
+from petl_kernels.benchmarking.timing import call_of
 from petl_kernels.ops._op import REFERENCE
 from petl_kernels.profiling import saved_bytes
 from petl_kernels.testing import Inputs, arguments, check

@@ -2,6 +2,7 @@
 
 import typer
 
+from petl_kernels.cli.bench import bench
 from petl_kernels.cli.env import env
 from petl_kernels.cli.methods import methods
 from petl_kernels.cli.profile import profile
@@ -12,5 +13,6 @@ app = typer.Typer(
 app.command()(env)
 app.command()(methods)
 app.command()(profile)
+app.command()(bench)
 
 __all__ = ["app"]

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import ast
 import json
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from petl_kernels.benchmarking.options import DTYPES
+from petl_kernels.cli._common import IMPOSSIBLE, USAGE, WRONG, complain, progress, stop
 from petl_kernels.ops.bottleneck_adapter import OP
 from petl_kernels.profiling import plots
 from petl_kernels.profiling.html import facts, page
@@ -22,8 +24,7 @@ from petl_kernels.profiling.tables import Rows, fuse_table, saved_table, step_ta
 from petl_kernels.profiling.target import BUILT_IN, Options, TargetError, find_target
 from petl_kernels.profiling.variants import DEFAULT, VARIANTS
 
-WRONG, USAGE, IMPOSSIBLE = 1, 2, 3
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+_stop = partial(stop, "profile")
 
 
 def profile(
@@ -75,7 +76,8 @@ def profile(
     out.mkdir(parents=True, exist_ok=True)
     try:
         found = find_target(target, options)
-        record = _with_progress(found, Plan(chosen, steps, impl, adapters or (), out))
+        with progress() as say:
+            record = run(found, Plan(chosen, steps, impl, adapters or (), out), say)
     except (TargetError, ValueError) as error:
         _stop(USAGE, str(error))
     record["variants"] |= {name: {"unavailable": reason} for name, reason in left.items()}
@@ -87,20 +89,8 @@ def profile(
     else:
         _print(record, out)
     for line in record["wrong"]:
-        Console(stderr=True, markup=False).print(f"profile: {line}", style="red")
+        complain("profile", line)
     raise typer.Exit(WRONG if record["wrong"] else 0)
-
-
-def _with_progress(target: Any, plan: Plan) -> dict[str, Any]:
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=1)
-
-        def say(what: str, done: int, total: int) -> None:
-            progress.update(task, description=what, completed=done, total=total)
-
-        return run(target, plan, say)
 
 
 def _print(record: dict[str, Any], out: Path) -> None:
@@ -166,8 +156,3 @@ def _settings(options: list[str]) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             settings[name] = value  # a word
     return settings
-
-
-def _stop(code: int, message: str) -> NoReturn:
-    Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(f"profile: {message}", style="red")
-    raise typer.Exit(code)

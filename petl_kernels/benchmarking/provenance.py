@@ -28,6 +28,7 @@ ISA_VARIABLES = {
         "PETL_KERNELS_CPU_ISA": "avx512",
     },
 }
+UNKNOWN = "unknown"
 
 
 def provenance(device: str) -> dict[str, str]:
@@ -59,10 +60,15 @@ def isa() -> str:
 
 
 def commit() -> str:
-    """The commit of this checkout, with "+" behind it where files differ from it."""
+    """The commit of this checkout, with "+" behind it where files differ from it; "unknown" of an installed package."""
+    folder = Path(__file__).parent
 
     def git(*args: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *args]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(["git", "-C", folder, *args], capture_output=True, text=True).stdout.strip()
 
-    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("+" if git("status", "--porcelain") else "")
+    try:
+        # An environment may lie inside a repository that knows nothing of the package in it.
+        head = git("rev-parse", "--short=12", "HEAD") if git("ls-files", Path(__file__).name) else ""
+        return (head + ("+" if git("status", "--porcelain") else "")) if head else UNKNOWN
+    except OSError:  # no git
+        return UNKNOWN

@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import typer
 
+from petl_kernels.benchmarking.provenance import ISA_VARIABLES
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
-def some_of(option: str, text: str, known: Iterable[str]) -> list[str]:
-    """The comma-separated names that an option gives, all of them known."""
-    names, known = text.split(","), list(known)
+def some_of(option: str, names: str | Sequence[str], known: Iterable[str]) -> list[str]:
+    """The names that an option gives, comma-separated or as a list, all of them known."""
+    names, known = names.split(",") if isinstance(names, str) else list(names), list(known)
     if unknown := [name for name in names if name not in known]:
         raise typer.BadParameter(f"{option} must be some of {', '.join(known)}, got {', '.join(unknown)}")
     return names
+
+
+def emulate(isa: str) -> None:
+    """Start this program again under the variables of an instruction set, unless they are in force."""
+    if isa not in ISA_VARIABLES:
+        raise typer.BadParameter(f"--isa must be one of {list(ISA_VARIABLES)}, got {isa!r}")
+    if any(os.environ.get(name) != value for name, value in ISA_VARIABLES[isa].items()):
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **ISA_VARIABLES[isa]})
 
 
 def own_inductor_cache() -> None:

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 from rich.console import Console
 from rich.table import Table
-from timing import Ceilings, Quantiles
+
+from petl_kernels.benchmarking.timing import Ceilings, Quantiles
 
 COLUMNS = [
     "kernel_name",
@@ -105,34 +106,53 @@ class Measurement:
 
 
 def speedups(group: Sequence[Measurement], provider: str, baseline: str) -> list[float]:
-    """Per shape, how many times faster `provider` is than `baseline`, by medians."""
-    medians = {(m.sample["id"], m.provider): m.seconds.median for m in group}
+    """Per call, how many times faster `provider` is than `baseline`, by medians."""
+    medians = {(m.kernel, m.mode, m.sample["id"], m.dtype, m.provider): m.seconds.median for m in group}
     return [
-        medians[i, baseline] / median
-        for (i, p), median in medians.items()
-        if p == provider and (i, baseline) in medians
+        medians[(*call, baseline)] / median
+        for (*call, who), median in medians.items()
+        if who == provider and (*call, baseline) in medians
     ]
 
 
 def print_group(console: Console, group: Sequence[Measurement], baselines: Sequence[str]) -> None:
-    """Print one table (a kernel in one dtype and mode) and the geometric means over each of the baselines under it."""
-    kernel, dtype, mode = group[0].kernel, group[0].dtype, group[0].mode
-    table = Table(title=f"{kernel}, {dtype}, {mode}", title_justify="left")
-    unit = "us" if mode == "host" else "ms"
-    headings = ["shape", "provider", unit, "20%", "80%"]
-    if mode != "host":
-        headings += ["GFLOP/s", "GB/s", "% ceiling"] + (["saved MiB"] if mode == "full" else [])
+    """Print one table and, under it, the geometric means over each of the baselines.
+
+    What all rows have in common (kernel, dtype, mode) is its title, what differs has a column. Host times, which are
+    microseconds and nothing else, want a group of their own.
+    """
+    common = {name: {getattr(m, name) for m in group} for name in ("kernel", "dtype", "mode")}
+    title = ", ".join(next(iter(values)) for values in common.values() if len(values) == 1)
+    varying = [name for name, values in common.items() if len(values) > 1]
+    host = group[0].mode == "host"
+    saved = any(m.saved_bytes is not None for m in group)
+    words = [*varying, "shape", "provider"]
+    headings = ["us" if host else "ms", "20%", "80%"]
+    if not host:
+        headings += ["GFLOP/s", "GB/s", "% ceiling"] + (["saved MiB"] if saved else [])
     baselines = [b for b in baselines if any(m.provider == b for m in group)]
-    for heading in (*headings, *(f"x {b}" for b in baselines)):
-        table.add_column(heading, justify="left" if heading in ("shape", "provider") else "right")
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for heading in (*words, *headings, *(f"x {b}" for b in baselines)):
+        table.add_column(heading, justify="left" if heading in words else "right")
+    before: list[str] = []
     for m in group:
-        ratios = [speedups([n for n in group if n.sample is m.sample], m.provider, b)[0] for b in baselines]
-        table.add_row(m.sample["id"], m.provider, *_figures(m), *(f"{ratio:.2f}" for ratio in ratios))
+        # What a row repeats of the one above it is left out.
+        where = [*(getattr(m, name) for name in varying), m.sample["id"]]
+        said = [text if where[: at + 1] != before[: at + 1] else "" for at, text in enumerate(where)]
+        before = where
+        ratios = [speedups([n for n in group if _same_call(m, n)], m.provider, b) for b in baselines]
+        figures = _figures(m) + ([""] if saved and m.saved_bytes is None else [])
+        table.add_row(*said, m.provider, *figures, *(f"{r[0]:.2f}" if r else "" for r in ratios))
     console.print(table)
     for provider in dict.fromkeys(m.provider for m in group):
-        means = [f"{geometric_mean(speedups(group, provider, b)):.2f}x {b}" for b in baselines if b != provider]
-        if provider not in baselines:
-            console.print(f"{provider}, {dtype}, {mode}: geometric mean {', '.join(means)}")
+        ratios = [speedups(group, provider, b) for b in baselines if b != provider]
+        means = [f"{geometric_mean(r):.2f}x {b}" for r, b in zip(ratios, (b for b in baselines if b != provider)) if r]
+        if provider not in baselines and means:
+            console.print(f"{provider}, {title}: geometric mean {', '.join(means)}", markup=False)
+
+
+def _same_call(a: Measurement, b: Measurement) -> bool:
+    return (a.kernel, a.mode, a.dtype, a.sample["id"]) == (b.kernel, b.mode, b.dtype, b.sample["id"])
 
 
 def _figures(m: Measurement) -> list[str]:
