@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ def report() -> dict[str, Any]:
     """Everything that decides which code runs here, as plain JSON values.
 
     Keys: "versions", "cpu", "built" (per extension: built, and why not), "cuda" (devices, or why none), "ops" (per op,
-    device and dtype what `explain` says), "environment" (variables in force), "swappable" (libraries that
+    device and dtype what `explain` says of a call), "environment" (variables in force), "swappable" (libraries that
     `petl_kernels.fuse` knows, with their versions or None).
     """
     return {
@@ -103,20 +104,43 @@ def _cpu_extension() -> dict[str, Any]:
 
 
 def ops() -> dict[str, dict[str, Any]]:
-    """Per op, device type and dtype: what runs a call of the op's first benchmark shape, and why the others do not."""
+    """Per op, device type and dtype: what runs the call it is told of, why, and why the others do not.
+
+    The call is the op's first benchmark shape; of an optimizer's step, an eighth of the rows of one matrix.
+    """
     from petl_kernels.testing import CASES, arguments
 
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     found: dict[str, dict[str, Any]] = {}
-    for case in CASES:
-        found[case.name] = {}
-        for device in devices:
-            for dtype in (torch.float32, torch.bfloat16):
+    for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
+        for dtype in (torch.float32, torch.bfloat16):
+            where = f"{device} {str(dtype).removeprefix('torch.')}"
+            for case in CASES:
                 inputs = arguments(case.inputs(case.bench[0], dtype, device=device))
-                where = f"{device} {str(dtype).removeprefix('torch.')}"
-                try:
-                    said = petl_kernels.explain(case.fn, **inputs)
-                    found[case.name][where] = {"chosen": said.chosen, "why": said.why, "others": said.others}
-                except (ValueError, RuntimeError) as error:  # what an impossible PETL_KERNELS_IMPL leads to
-                    found[case.name][where] = {"chosen": None, "why": None, "others": {}, "error": str(error)}
+                found.setdefault(case.name, {})[where] = _explained(case.fn, case.bench[0]["id"], inputs)
+            for name, (fn, inputs) in _steps(dtype, device).items():
+                found.setdefault(name, {})[where] = _explained(fn, "rows of 768x768", inputs)
     return found
+
+
+def _explained(fn: Callable[..., Any], call: str, inputs: dict[str, Any]) -> dict[str, Any]:
+    try:
+        said = petl_kernels.explain(fn, **inputs)
+    except (ValueError, RuntimeError) as error:  # what an impossible PETL_KERNELS_IMPL leads to
+        return {"call": call, "chosen": None, "why": None, "others": {}, "error": str(error)}
+    return {"call": call, "chosen": said.chosen, "why": said.why, "others": said.others}
+
+
+def _steps(dtype: torch.dtype, device: str) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
+    """A call of each optimizer's op."""
+    from petl_kernels.ops.channel_adamw import channel_adamw_
+    from petl_kernels.ops.channel_sgd import channel_sgd_
+
+    param = torch.zeros(768, 768, dtype=dtype, device=device)
+    state, step = torch.zeros_like(param[::8]), torch.zeros((), device=device)
+    shared: dict[str, Any] = dict(params=[param], grads=[torch.zeros_like(param)], steps=[step], dims=[0], lr=0.1)
+    shared["channels"] = [torch.arange(0, 768, 8, device=device)]
+    moments = dict(exp_avgs=[state], exp_avg_sqs=[state.clone()], beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0)
+    return {
+        "channel_adamw": (channel_adamw_, {**shared, **moments}),
+        "channel_sgd": (channel_sgd_, {**shared, "momentum_buffers": [state], "momentum": 0.9}),
+    }

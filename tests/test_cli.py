@@ -16,6 +16,7 @@ from petl_kernels import env, nn
 from petl_kernels.cli import app
 from petl_kernels.cli.methods import as_markdown
 from petl_kernels.methods import METHODS
+from petl_kernels.ops._op import Op
 from petl_kernels.testing import CASES
 
 
@@ -30,25 +31,27 @@ def test_json_is_the_report():
     assert facts == json.loads(json.dumps(env.report()))
     assert facts["versions"]["torch"] == torch.__version__
     assert facts["versions"]["petl_kernels"] == petl_kernels.__version__
-    assert set(facts["ops"]) == {case.name for case in CASES}
+    assert set(facts["ops"]) == set(Op.registry) > {case.name for case in CASES}
     for said in facts["built"].values():
         assert said["built"] or said["reason"]
     assert facts["cuda"]["devices"] or facts["cuda"]["reason"]
 
 
 def test_every_implementation_is_accounted_for():
-    for case in CASES:
-        for where, said in env.ops()[case.name].items():
-            assert {said["chosen"], *said["others"]} == set(case.op.impls), where
-            assert all(said["others"].values())
+    for name, places in env.ops().items():
+        for where, said in places.items():
+            assert {said["chosen"], *said["others"]} == set(Op.registry[name].impls), where
+            assert said["call"] and said["why"] and all(said["others"].values())
 
 
 def test_the_table_says_the_same():
     text, facts = run("env"), env.report()
     for value in (*facts["versions"].values(), facts["cpu"]["model"], *env.VARIABLES, *env.SWAPPABLE):
         assert value is None or value in text
-    for case in CASES:
-        assert f"runs on {facts['ops'][case.name]['cpu float32']['chosen']}" in text
+    for name, places in facts["ops"].items():
+        said = places["cpu float32"]
+        assert f"runs on {said['chosen']}: {said['why']}" in text and f"{name} {said['call']}, cpu float32" in text
+        assert all(f"not {other}: {reason}" in text for other, reason in said["others"].items())
 
 
 def test_the_environment_is_shown(monkeypatch):

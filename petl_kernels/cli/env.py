@@ -13,7 +13,10 @@ from petl_kernels.env import report
 
 
 def env(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False) -> None:
-    """Print versions, hardware, what is built and what is not and why, and which implementation runs each op."""
+    """Print versions, hardware, what is built and what is not and why, and which implementation runs each op.
+
+    Exit codes: 0 printed; 2 an option is wrong.
+    """
     facts = report()
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
@@ -23,7 +26,9 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON obj
     table.add_column(overflow="fold")
     for name, value in [*_installation(facts), *_ops(facts["ops"]), *_surroundings(facts)]:
         table.add_row(name, value)
-    Console(markup=False, highlight=False).print(table)
+    console = Console(markup=False, highlight=False)
+    console.width = max(console.width, 120)  # reasons are long, and where there is no terminal it would be 80
+    console.print(table)
 
 
 def _installation(facts: dict[str, Any]) -> list[tuple[str, str]]:
@@ -47,9 +52,9 @@ def _ops(ops: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
     rows = []
     for op, places in ops.items():
         for place, said in places.items():
-            lines = [said["error"] if said["chosen"] is None else f"runs on {said['chosen']}"]
+            lines = [said["error"] if said["chosen"] is None else f"runs on {said['chosen']}: {said['why']}"]
             lines += [f"not {name}: {reason}" for name, reason in said["others"].items()]
-            rows.append((f"{op}, {place}", "\n".join(lines)))
+            rows.append((f"{op} {said['call']}, {place}", "\n".join(lines)))
     return rows
 
 

@@ -19,7 +19,10 @@ def methods(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as the README has it.")] = False,
 ) -> None:
-    """List the methods by their four design dimensions, their size and where they go."""
+    """List the methods by their four design dimensions, their size and where they go.
+
+    Exit codes: 0 printed; 2 an option is wrong.
+    """
     if as_json:
         typer.echo(json.dumps({name: _facts(method) for name, method in METHODS.items()}, indent=2))
     elif markdown:
