@@ -21,6 +21,7 @@ COLOURS = {
 }
 OTHER = "#9d8f7a"  # what else is timed beside an op
 MARKERS = {"cpp": "o", "triton": "s", "cuda": "^", "cuda_sm90": "D"}
+SHAPES = {"cpp": "circle", "triton": "square", "cuda": "triangle", "cuda_sm90": "diamond"}
 MEANS = {"full": "forward and backward", "forward": "forward", "backward": "backward"}
 
 
@@ -114,7 +115,8 @@ def _speedup(plt: Any, record: Record) -> Any:
             at += 0.8
         axis.set_yticks(list(places.values()), list(places))
         axis.tick_params(axis="y", length=0)
-        axis.invert_yaxis()
+        if axis is axes[0][0]:  # which the others share
+            axis.invert_yaxis()
         axis.axvline(0, color=COLOURS["eager"], linewidth=1)
         low, high = axis.get_xlim()
         ticks = range(int(low // 1), int(-(-high // 1)) + 1)
@@ -122,7 +124,7 @@ def _speedup(plt: Any, record: Record) -> Any:
         axis.set_xlim(low, high + 0.3 * (high - low))  # room for what is written at the bars
         axis.set(title=dtype, xlabel="times faster than eager PyTorch (log scale)")
     modes = _names(rows, "mode")
-    figure.suptitle(f"Speed-up over eager, {MEANS[modes[0]]}; geometric mean over the shapes, a tick each")
+    figure.suptitle(f"Speed-up over eager, {MEANS[modes[0]]}; geometric mean over the shapes, a tick for each")
     figure.tight_layout(rect=(0, 0.02, 1, 1))
     return figure
 
@@ -160,82 +162,89 @@ def _spread(values: Sequence[float], gap: float) -> list[float]:
 
 
 def _roofline(plt: Any, record: Record) -> Any:
-    """GFLOP/s over FLOP per byte that has to move: eager hollow, our fastest kernel filled, under the roof."""
+    """GFLOP/s over FLOP per byte that has to move, under the roof.
+
+    Of each op the call that moves most, eager and our fastest kernel; of its other calls a faint dot for the kernel.
+    """
     rows = _widest(record)
     dtypes = [d for d in _names(rows, "dtype") if d in record["ceilings"]]
     if not dtypes:
         return None
-    figure, axes = plt.subplots(1, len(dtypes), figsize=(8.2 * len(dtypes), 5.6), squeeze=False)
+    figure, axes = plt.subplots(1, len(dtypes), figsize=(7.4 * len(dtypes), 6.2), squeeze=False)
     palette = dict(zip(_names(rows, "op"), plt.get_cmap("tab10").colors * 3))
     for axis, dtype in zip(axes[0], dtypes):
-        roof = record["ceilings"][dtype]
-        labels: dict[str, tuple[float, float]] = {}
-        for op in _names(_of(rows, dtype=dtype), "op"):
-            for shape in _names(_of(rows, dtype=dtype, op=op), "shape"):
-                calls = _of(rows, dtype=dtype, op=op, shape=shape)
-                eager = next(row for row in calls if row["impl"] == "eager")
-                ours = [row for row in calls if row["impl"] in MARKERS]
-                best = min(ours or [eager], key=lambda row: row["median_ms"])
-                x = eager["flops"] / eager["bytes"]
-                style = dict(color=palette[op], zorder=3)
-                axis.plot([x, x], [eager["gflops"], best["gflops"]], linewidth=0.8, alpha=0.6, **style)
-                axis.plot(x, eager["gflops"], "o", mfc="white", ms=5, **style)
-                if ours:
-                    axis.plot(x, best["gflops"], MARKERS[best["impl"]], ms=6, **style)
-                if best["gflops"] > labels.get(op, (0, 0))[1]:
-                    labels[op] = (x, best["gflops"])
-        _roof(axis, roof, [row["flops"] / row["bytes"] for row in _of(rows, dtype=dtype)])
-        _label_points(axis, labels, palette)
+        here = _of(rows, dtype=dtype)
         _logarithmic(axis)
+        low = min(row["gflops"] for row in here if row["impl"] == "eager" or row["impl"] in MARKERS)
+        _roof(axis, record["ceilings"][dtype], [row["flops"] / row["bytes"] for row in here], low)
+        largest = {op: max(_of(here, op=op), key=lambda row: row["bytes"]) for op in _names(here, "op")}
+        # Ops of the same intensity stand beside one another, no more than it takes to tell them apart.
+        places = _spread([log2(row["flops"] / row["bytes"]) for row in largest.values()], 0.16)
+        for (op, row), place in zip(largest.items(), places):
+            _calls(axis, _of(here, op=op), row["shape"], 2**place, palette[op])
+        _name_below(axis, dict(zip(largest, places)), _of(here, impl="eager"), largest, palette)
         axis.set(title=dtype, xlabel="FLOP per byte that has to be read or written", ylabel="GFLOP/s")
-    kernels = {row["impl"] for row in rows if row["impl"] in MARKERS}
-    filled = ", ".join(
-        f"{ {'o': 'circle', 's': 'square', '^': 'triangle', 'D': 'diamond'}[MARKERS[k]] } {k}"
-        for k in MARKERS
-        if k in kernels
+    kernels = [f"{SHAPES[name]} {name}" for name in MARKERS if any(row["impl"] == name for row in rows)]
+    what = f"filled our fastest kernel ({', '.join(kernels)})" if kernels else "and no kernel"
+    figure.suptitle(
+        f"Roofline, {MEANS[rows[0]['mode']]}\n"
+        f"the largest call of each op: hollow eager, {what}; faint dots: its other calls",
+        fontsize=9,
     )
-    figure.suptitle(f"Roofline of {MEANS[rows[0]['mode']]}: hollow eager PyTorch, filled our fastest kernel ({filled})")
     figure.tight_layout(rect=(0, 0.02, 1, 1))
     return figure
 
 
-def _roof(axis: Any, roof: Mapping[str, float], intensities: Sequence[float]) -> None:
+def _calls(axis: Any, rows: Sequence[Row], largest: str, x: float, colour: Any) -> None:
+    """The points of an op; `x` is the place of those of its largest call."""
+    for shape in _names(rows, "shape"):
+        calls = _of(rows, shape=shape)
+        kernels = [row for row in calls if row["impl"] in MARKERS]
+        best = min(kernels, key=lambda row: row["median_ms"], default=None)
+        if shape == largest:
+            eager = _of(calls, impl="eager")[0]["gflops"]
+            if best is not None:
+                axis.plot([x, x], [eager, best["gflops"]], color=colour, linewidth=1, zorder=2)
+                axis.plot(x, best["gflops"], MARKERS[best["impl"]], color=colour, ms=7, zorder=3)
+            axis.plot(x, eager, "o", color=colour, mfc="white", ms=6, zorder=3)
+        elif best is not None:
+            axis.plot(best["flops"] / best["bytes"], best["gflops"], ".", color=colour, alpha=0.3, ms=6, mew=0)
+
+
+def _roof(axis: Any, roof: Mapping[str, float], intensities: Sequence[float], low: float) -> None:
     """The ceilings measured in this run: a copy's bytes on the slope, a matmul's operations on the flat."""
     ridge = roof["gflops"] / roof["gbs"]
-    left, right = min([*intensities, ridge / 4]) / 2, max([*intensities, ridge * 4]) * 3
+    left, right = min([*intensities, ridge / 4]) / 2, max([*intensities, ridge * 4]) * 2
     axis.plot([left, ridge, right], [left * roof["gbs"], roof["gflops"], roof["gflops"]], color="black", linewidth=1.2)
     axis.text(right, roof["gflops"] * 1.08, f"matmul {roof['gflops']:,.0f} GFLOP/s", ha="right", fontsize=8)
     middle = (left * ridge) ** 0.5
-    axis.annotate(
-        f"copy {roof['gbs']:,.0f} GB/s",
-        (middle, middle * roof["gbs"]),
-        xytext=(-4, 4),
-        textcoords="offset points",
-        ha="right",
-        fontsize=8,
-    )
+    place = dict(xytext=(-6, 4), textcoords="offset points", ha="right", fontsize=8)
+    axis.annotate(f"copy {roof['gbs']:,.0f} GB/s", (middle, middle * roof["gbs"]), **place)
+    bottom = min(low, left * roof["gbs"])
+    axis.set(
+        xlim=(left, right), ylim=(bottom * (bottom / roof["gflops"]) ** 0.45, 2 * roof["gflops"])
+    )  # room for names
 
 
-def _label_points(axis: Any, labels: Mapping[str, tuple[float, float]], palette: Mapping[str, Any]) -> None:
-    """The op's name beside its highest point; names about as far right as one another keep their distance."""
-    columns: list[list[str]] = []
-    for op in sorted(labels, key=lambda op: labels[op][0]):
-        if columns and labels[op][0] < 2 * labels[columns[-1][0]][0]:
-            columns[-1].append(op)
-        else:
-            columns.append([op])
-    for ops in columns:
-        right = max(labels[op][0] for op in ops)
-        for op, place in zip(ops, _spread([log2(labels[op][1]) for op in ops], 0.28)):
-            axis.annotate(
-                op,
-                labels[op],
-                xytext=(right * 1.25, 2**place),
-                fontsize=8,
-                va="center",
-                color=palette[op],
-                arrowprops=dict(arrowstyle="-", color=palette[op], linewidth=0.5, shrinkA=0, shrinkB=3),
-            )
+def _name_below(
+    axis: Any, places: Mapping[str, float], eager: Sequence[Row], largest: Mapping[str, Row], palette: Mapping[str, Any]
+) -> None:
+    """The ops' names along the bottom, upright, each with a line to its lower point."""
+    low, high = axis.get_xlim()
+    for (op, at), name_at in zip(places.items(), _spread(list(places.values()), 0.036 * log2(high / low))):
+        (point,) = (row for row in eager if row["op"] == op and row["shape"] == largest[op]["shape"])
+        axis.annotate(
+            op,
+            (2**at, point["gflops"]),
+            xytext=(2**name_at, 0.02),
+            textcoords=axis.get_xaxis_transform(),
+            rotation=90,
+            ha="center",
+            va="bottom",
+            fontsize=8,
+            color=palette[op],
+            arrowprops=dict(arrowstyle="-", color=palette[op], linewidth=0.5, linestyle=":", shrinkB=4),
+        )
 
 
 def _cost(plt: Any, record: Record) -> Any:
@@ -262,6 +271,8 @@ def _cost(plt: Any, record: Record) -> Any:
         places = _spread([end for _, end in ends.values()], 0.07 * log2(high / low))
         for (impl, (x, _)), place in zip(ends.items(), places):
             axis.text(x * 1.15, 2**place, impl, va="center", fontsize=8, color=COLOURS.get(impl, OTHER))
+        counts = sorted({_rows_of(row) for row in found})
+        axis.set_xticks(counts, [str(count) for count in counts], fontsize=8)
         axis.set_xlim(right=axis.get_xlim()[1] * 2.5)
         sizes = {k: v for k, v in found[0]["sample"].items() if type(v) is int and k != "n"}
         axis.set_title(", ".join([_title(op, found), *(f"{k} = {v}" for k, v in sizes.items())]), fontsize=9)

@@ -30,6 +30,7 @@ from petl_kernels.testing import CASES
 FULL: dict[str, Any] = {"mode": "forward,full,host", "dtype": "float32,bfloat16", "compile": True, "seconds": 3.0}
 QUICK_SECONDS, PLOT_SECONDS = 14, 3  # for checks and timings; PyTorch takes 3 more to load, plots take 3 to draw
 QUICK: dict[str, Any] = {"mode": "full", "dtype": "float32", "compile": False, "seconds": 0.25}
+QUICK_PLOT: dict[str, Any] = {"seconds": 0.05}  # of each of the five calls of an op
 
 
 def bench(
@@ -92,7 +93,7 @@ def bench(
     except ValueError as error:
         _stop(USAGE, str(error))
     chosen = {k: v for k, v in dict(mode=mode, dtype=dtype, compile=compile, seconds=seconds).items() if v is not None}
-    settings = {**(QUICK if quick else FULL), **chosen}
+    settings = {**(QUICK if quick else FULL), **(QUICK_PLOT if quick and plot else {}), **chosen}
     known = [case.name for case in CASES]
     wanted = known if not ops else some_of("OP", ops, known)
     plan = Plan(
