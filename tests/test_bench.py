@@ -177,6 +177,15 @@ def test_a_quick_run_says_what_it_leaves_out(bench, timed, monkeypatch):
     assert result.exit_code == 0 and f"left out: for lack of time: {CASE.name} float32" in result.output
 
 
+def test_without_a_compiler_the_others_are_timed(bench, timed, monkeypatch):
+    def refuse(fn, **options):
+        raise ValueError("no compiler\nand more")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    result = bench(tiny=[arg for arg in TINY if arg != "--no-compile"])
+    assert result.exit_code == 0 and "left out: torch.compile: no compiler\n" in result.output
+
+
 def test_every_op_has_its_calls_for_the_plots():
     plan = cases.Plan(CASES, None, ["full"], ["float32"], "cpu", quick=True, sweep=True)
     for case in CASES:

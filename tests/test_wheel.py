@@ -71,6 +71,8 @@ def test_installs_and_trains_without_a_compiler(version, tmp_path):
     facts = json.loads(run(str(binaries / "petl-kernels"), "env", "--json"))
     assert facts["built"]["cpu"]["built"] and facts["versions"]["torch"].startswith(version)
     assert run(str(binaries / "python"), "-c", TRAIN).startswith(version)
+    found = json.loads(run(str(binaries / "petl-kernels"), "bench", "channel_scale", "--quick", "--json"))
+    assert {row["impl"] for row in found["rows"]} == {"eager", "cpp"} and found["provenance"]["commit"] == "unknown"
 
 
 def clean() -> dict[str, str]:

@@ -77,6 +77,15 @@ class Job:
     kernels: Sequence[str]
 
 
+def cannot_compile(device: str) -> str | None:
+    """Why torch.compile does not work here (no compiler, say), or None."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
+    except Exception as error:  # whatever a compiler says, the others can be timed
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return None
+
+
 def jobs(plan: Plan) -> tuple[list[Job], dict[str, list[str]]]:
     """What there is to do, and the implementations that are not timed: "name: reason" -> ops.
 

@@ -6,6 +6,7 @@ import json
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from math import inf
 from pathlib import Path
@@ -128,16 +129,20 @@ def bench(
 
 def _run(plan: Plan, console: Console) -> tuple[Record, list[Measurement]]:
     """Check, time and print; the record, and the measurements of which it was made."""
+    left_out = []
     if plan.compile:
         own_inductor_cache()
         torch._functorch.config.donated_buffer = False  # or a compiled backward could not be timed by itself
+        if reason := cases.cannot_compile(plan.device):
+            plan = replace(plan, compile=False)
+            left_out.append(f"torch.compile: {reason}")
     origin = provenance(plan.device)
     print_origin(console, origin)
     try:
         jobs, unsupported = cases.jobs(plan)
     except NotHere as error:
         _stop(IMPOSSIBLE, str(error))
-    left_out = [*_quick_leaves(plan, jobs), *_grouped(unsupported, len(plan.cases))]
+    left_out += [*_quick_leaves(plan, jobs), *_grouped(unsupported, len(plan.cases))]
     limits: dict[str, Ceilings] = {}
     found: list[Measurement] = []
     with progress() as say:

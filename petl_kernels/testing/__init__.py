@@ -1,7 +1,7 @@
 """The one table that drives tests and benchmarks.
 
 A case names a public op, the calls to test it with and the shapes to time it at. `tests/test_ops.py` and
-`benchmarks/run.py` read `CASES` and contain no op's name: adding an op adds its module here and one entry.
+`petl-kernels bench` read `CASES` and contain no op's name: adding an op adds its module here and one entry.
 """
 
 from petl_kernels.testing import (
