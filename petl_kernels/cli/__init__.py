@@ -8,7 +8,10 @@ from petl_kernels.cli.methods import methods
 from petl_kernels.cli.profile import profile
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="Compiled kernels for PETL: what runs here, and why."
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    help="Compiled kernels for PETL: what runs here, and why.",
 )
 app.command()(env)
 app.command()(methods)

@@ -35,7 +35,7 @@ QUICK_PLOT: dict[str, Any] = {"seconds": 0.05}  # of each of the five calls of a
 
 
 def bench(
-    ops: Annotated[list[str] | None, typer.Argument(help="Ops; all of them otherwise.", metavar="[OP]...")] = None,
+    ops: Annotated[list[str] | None, typer.Argument(help="Ops; all of them otherwise.", metavar="OP")] = None,
     impl: Annotated[
         str | None, typer.Option(help="Implementations, comma-separated; all that run here otherwise.")
     ] = None,
