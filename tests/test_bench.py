@@ -237,8 +237,8 @@ def test_a_comparison_names_what_it_does_not_cover():
     assert found.remarks == [
         "the old file names no commit",
         "torch 2.9 then, 2.13 now",
-        f"1 rows of the old file not measured now: {CASE.name} s float32 full cuda",
-        f"1 rows measured now not in the old file: {CASE.name} s float32 full triton",
+        f"in the old file, not measured now: {CASE.name} s float32 full cuda",
+        f"measured now, not in the old file: {CASE.name} s float32 full triton",
     ]
     assert compare(record("12+", cpp=1.0), record(cpp=1.0)).remarks == [
         "the old file was measured on changes that its commit 12 does not have"

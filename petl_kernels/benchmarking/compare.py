@@ -69,8 +69,8 @@ def compare(old: Record, new: Record) -> Comparison:
         found.remarks.append(f"another machine, so nothing is compared: {said}")
         return found
     before, after = ({_key(row): row["median_ms"] for row in record["rows"]} for record in (old, new))
-    found.remarks += _missing(set(before) - set(after), "of the old file not measured now")
-    found.remarks += _missing(set(after) - set(before), "measured now not in the old file")
+    found.remarks += _missing(set(before) - set(after), "in the old file, not measured now")
+    found.remarks += _missing(set(after) - set(before), "measured now, not in the old file")
     kernels = {case.name: case.op.impls for case in CASES}
     drifts = []
     for key in (key for key in after if key in before):
@@ -107,4 +107,4 @@ def _missing(keys: set[tuple[str, str, str, str, str]], what: str) -> list[str]:
         return []
     labels: Sequence[str] = sorted(" ".join((op, shape, dtype, mode, impl)) for op, impl, mode, shape, dtype in keys)
     rest = f" and {len(labels) - NAMED} more" if len(labels) > NAMED else ""
-    return [f"{len(labels)} rows {what}: {', '.join(labels[:NAMED])}{rest}"]
+    return [f"{what}: {', '.join(labels[:NAMED])}{rest}"]

@@ -87,8 +87,8 @@ def bench(
     limit = _percent(fail_above)
     if limit is not None and against is None:
         _stop(USAGE, "--fail-above needs --compare")
-    if plot and (out is None or (reason := plots.missing())):
-        _stop(*((USAGE, "--plot needs --out") if out is None else (IMPOSSIBLE, str(reason))))
+    if plot and (reason := plots.missing()):
+        _stop(IMPOSSIBLE, reason)
     try:
         old = None if against is None else load(against)
     except ValueError as error:
@@ -147,16 +147,17 @@ def _run(plan: Plan, console: Console) -> tuple[Record, list[Measurement]]:
     found: list[Measurement] = []
     with progress() as say:
         right, wrong = cases.checked(jobs, plan, say)
-        if not wrong:
-            limits = {dtype: timing.ceilings(DTYPES[dtype], plan.device) for dtype in plan.dtypes}
-            _print_ceilings(console, limits)
-        for job, dtype in product(() if wrong else right, plan.dtypes):
-            if time.monotonic() > plan.until:
-                break
+    if not wrong:
+        limits = {dtype: timing.ceilings(DTYPES[dtype], plan.device) for dtype in plan.dtypes}
+        _print_ceilings(console, limits)
+    for job, dtype in product(() if wrong else right, plan.dtypes):
+        if time.monotonic() > plan.until:
+            break
+        with progress() as say:  # gone before anything is printed
             group = list(cases.measure(job, plan, dtype, limits[dtype], say))
-            found += group
-            if not plan.quick:
-                _print_groups(console, group, plan)
+        found += group
+        if not plan.quick:
+            _print_groups(console, group, plan)
     if plan.quick:
         _print_groups(console, found, plan)
     if late := [] if wrong else _late(jobs, plan, found):
@@ -173,7 +174,7 @@ def _print_groups(console: Console, found: Sequence[Measurement], plan: Plan) ->
     for names in (("forward", "backward", "full"), ("host",)) if plan.quick else ((mode,) for mode in MODES):
         if group := [m for m in found if m.mode in names]:
             kernels = dict.fromkeys(m.kernel for m in group)
-            others = {name for case in plan.cases if case.name in kernels for name in plan.baselines(case)}
+            others = [name for case in plan.cases if case.name in kernels for name in plan.baselines(case)]
             print_group(console, group, ["eager", "compile", *others])
 
 
