@@ -14,7 +14,7 @@ import torch
 import typer
 from rich.console import Console
 
-from petl_kernels.benchmarking.options import emulate, own_inductor_cache
+from petl_kernels.benchmarking.options import emulate, keep_compiled_buffers, own_inductor_cache
 from petl_kernels.benchmarking.provenance import ISA_VARIABLES
 from petl_kernels.cli.bench import bench
 
@@ -71,7 +71,7 @@ def main(
     if isa is not None:
         emulate(isa)
     own_inductor_cache()
-    torch._functorch.config.donated_buffer = False  # or a compiled backward could not be timed by itself
+    keep_compiled_buffers()
     torch.set_num_threads(threads or torch.get_num_threads())
     raise typer.Exit(run_suite(console, minutes, op, impl, compile, rehearse, csv))
 

@@ -32,6 +32,13 @@ def emulate(isa: str) -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **ISA_VARIABLES[isa]})
 
 
+def keep_compiled_buffers() -> None:
+    """Have compiled graphs keep what their backward reads, or it could not be timed by itself."""
+    from torch._functorch import config
+
+    config.donated_buffer = False
+
+
 def own_inductor_cache() -> None:
     """Have Inductor use a new folder, which goes when the program ends.
 

@@ -20,7 +20,7 @@ from rich.table import Table
 from petl_kernels.benchmarking import cases, plots, timing
 from petl_kernels.benchmarking.cases import MODES, Job, NotHere, Plan, modes_of
 from petl_kernels.benchmarking.compare import Comparison, compare
-from petl_kernels.benchmarking.options import DTYPES, emulate, own_inductor_cache, some_of
+from petl_kernels.benchmarking.options import DTYPES, emulate, keep_compiled_buffers, own_inductor_cache, some_of
 from petl_kernels.benchmarking.provenance import ISA_VARIABLES, provenance
 from petl_kernels.benchmarking.record import Record, load, record
 from petl_kernels.benchmarking.report import Measurement, print_group, print_origin, write_csv
@@ -132,7 +132,7 @@ def _run(plan: Plan, console: Console) -> tuple[Record, list[Measurement]]:
     left_out = []
     if plan.compile:
         own_inductor_cache()
-        torch._functorch.config.donated_buffer = False  # or a compiled backward could not be timed by itself
+        keep_compiled_buffers()
         if reason := cases.cannot_compile(plan.device):
             plan = replace(plan, compile=False)
             left_out.append(f"torch.compile: {reason}")
