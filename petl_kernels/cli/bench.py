@@ -29,7 +29,7 @@ from petl_kernels.cli._common import IMPOSSIBLE, SLOWER, UNJUDGED, USAGE, WRONG,
 from petl_kernels.testing import CASES
 
 FULL: dict[str, Any] = {"mode": "forward,full,host", "dtype": "float32,bfloat16", "compile": True, "seconds": 3.0}
-QUICK_SECONDS, PLOT_SECONDS = 14, 3  # for checks and timings; PyTorch takes 3 more to load, plots take 3 to draw
+QUICK_SECONDS, PLOT_SECONDS = 12, 3  # for checks and timings; PyTorch takes 3 more to load, plots take 3 to draw
 QUICK: dict[str, Any] = {"mode": "full", "dtype": "float32", "compile": False, "seconds": 0.25}
 QUICK_PLOT: dict[str, Any] = {"seconds": 0.05}  # of each of the five calls of an op
 
