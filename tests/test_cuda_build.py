@@ -69,6 +69,7 @@ def test_nothing_spills():
     assert len(of_sm90) == 4 * ("90a" in ARCHS)  # forward and backward, of two dtypes
     for kernel in (
         "adapter_rows",
+        "norm_rows",
         "tall_products",
         "channel_rows",
         "channel_gradient_sums",
@@ -87,7 +88,7 @@ def test_products_run_on_tensor_cores():
     """Every kernel that multiplies, in the oldest and the newest machine code (disassembling all takes 9 s)."""
     for arch in (ARCHS[0], ARCHS[-1]):
         kernels = cuobjdump("-sass", "-arch", f"sm_{arch}").split("Function : ")[1:]
-        names = ("adapter_rows_kernel", "tall_products_kernel", "channel_rows_kernel")
+        names = ("adapter_rows_kernel", "norm_rows_kernel", "tall_products_kernel", "channel_rows_kernel")
         multiplies = [k for k in kernels if any(name in k[:200] for name in names)]
         assert multiplies
         for kernel in multiplies:

@@ -1,7 +1,7 @@
 // petl_kernels._cpu: the CPU kernels for Python. Pointers and sizes come in, nothing of torch; the caller holds the
 // tensors, and the interpreter lock is released while a kernel runs.
 #include "../cpu/kernels.h"
-#include "matrix.h"
+#include "adapter.h"
 
 namespace {
 
@@ -168,41 +168,6 @@ void layer_norm_backward(std::tuple<int64_t, int64_t> sizes, const Matrix& g, co
   kernels().layer_norm_backward(call);
 }
 
-// What the two adapters with a norm take in common: sizes are (n, d_in, r, d_out).
-using Sizes = std::tuple<int64_t, int64_t, int64_t, int64_t>;
-
-BottleneckForward adapter(Sizes sizes, const Matrix& x, const Matrix& w_down, const Matrix& b_down, const Matrix& w_up,
-                          const Matrix& b_up, const Matrix& residual, const Matrix& scale, int64_t scale_size,
-                          double alpha, int activation, const Matrix& y, const Matrix& z, int threads) {
-  const auto [n, d_in, r, d_out] = sizes;
-  BottleneckForward f{};
-  f.n = n, f.d_in = d_in, f.r = r, f.d_out = d_out;
-  f.x = rows(x), f.w_down = rows(w_down), f.b_down = rows(b_down), f.w_up = rows(w_up), f.b_up = rows(b_up);
-  f.residual = rows(residual), f.scale = rows(scale), f.scale_size = scale_size, f.alpha = alpha;
-  f.activation = static_cast<Activation>(activation);
-  f.y = rows(y), f.z = rows(z), f.threads = threads;
-  return f;
-}
-
-BottleneckBackward adapter_gradients(Sizes sizes, const Matrix& g, const Matrix& x, const Matrix& z,
-                                     const Matrix& w_down, const Matrix& w_up, const Matrix& b_up, const Matrix& scale,
-                                     int64_t scale_size, double alpha, int activation, bool add_g, const Matrix& dx,
-                                     const Matrix& dw_down, const Matrix& db_down, const Matrix& dw_up,
-                                     const Matrix& db_up, const Matrix& dscale, int threads) {
-  const auto [n, d_in, r, d_out] = sizes;
-  BottleneckBackward b{};
-  b.n = n, b.d_in = d_in, b.r = r, b.d_out = d_out;
-  b.g = rows(g), b.x = rows(x), b.z = rows(z), b.w_down = rows(w_down), b.w_up = rows(w_up), b.b_up = rows(b_up);
-  b.scale = rows(scale), b.scale_size = scale_size, b.alpha = alpha, b.activation = static_cast<Activation>(activation);
-  b.add_g = add_g, b.dx = rows(dx), b.dw_down = rows(dw_down), b.db_down = rows(db_down), b.dw_up = rows(dw_up);
-  b.db_up = rows(db_up), b.dscale = rows(dscale), b.threads = threads;
-  return b;
-}
-
-Norm norm(const Matrix& weight, const Matrix& bias, double eps, bool rms, const Matrix& mean, const Matrix& rstd) {
-  return {rows(weight), rows(bias), eps, rms, rows(mean), rows(rstd)};
-}
-
 void adapter_norm_forward(const BottleneckForward& adapter, const Matrix& hidden, const Norm& norm,
                           const Matrix& normal) {
   py::gil_scoped_release release;
@@ -283,9 +248,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("channel_scale_backward", &channel_scale_backward);
   m.def("layer_norm_forward", &layer_norm_forward);
   m.def("layer_norm_backward", &layer_norm_backward);
-  py::class_<BottleneckForward>(m, "Adapter").def(py::init(&adapter));
-  py::class_<BottleneckBackward>(m, "AdapterGradients").def(py::init(&adapter_gradients));
-  py::class_<Norm>(m, "Norm").def(py::init(&norm));
+  bind_adapter(m);
   m.def("adapter_norm_forward", &adapter_norm_forward);
   m.def("adapter_norm_backward", &adapter_norm_backward);
   m.def("norm_adapter_forward", &norm_adapter_forward);

@@ -1,7 +1,7 @@
 // petl_kernels._cuda: the CUDA kernels for Python. Addresses, sizes and a stream come in, nothing of torch; the caller
 // holds the tensors, and what is launched here runs on in the stream after the return.
 #include "../cuda/kernels.h"
-#include "matrix.h"
+#include "adapter.h"
 
 namespace {
 
@@ -45,6 +45,30 @@ void bottleneck_backward(const Where& where, std::tuple<int64_t, int64_t, int64_
                                 rows(dw_up), rows(db_up), rows(dscale), rows(dgate), 0};
   const cuda::Launch on = launch(where);
   kBackward(call, on, workspace(allocate, kWorkspace(call, on)));
+}
+
+void adapter_norm_forward(const Where& where, const BottleneckForward& adapter, const Matrix& hidden, const Norm& norm,
+                          const Matrix& normal, const py::object& allocate) {
+  const AdapterNormForward call{adapter, rows(hidden), norm, rows(normal)};
+  const cuda::Launch on = launch(where);
+  cuda::adapter_norm_forward(call, on, workspace(allocate, cuda::adapter_norm_forward_workspace(call, on)));
+}
+void adapter_norm_backward(const Where& where, const BottleneckBackward& adapter, const Norm& norm, const Matrix& normal,
+                           const Matrix& dsum, const Matrix& dweight, const Matrix& dbias, const py::object& allocate) {
+  const AdapterNormBackward call{adapter, norm, rows(normal), rows(dsum), rows(dweight), rows(dbias)};
+  const cuda::Launch on = launch(where);
+  cuda::adapter_norm_backward(call, on, workspace(allocate, cuda::adapter_norm_workspace(call, on)));
+}
+void norm_adapter_forward(const Where& where, const BottleneckForward& adapter, const Norm& norm, const py::object& allocate) {
+  const NormAdapterForward call{adapter, norm};
+  const cuda::Launch on = launch(where);
+  cuda::norm_adapter_forward(call, on, workspace(allocate, cuda::norm_adapter_forward_workspace(call, on)));
+}
+void norm_adapter_backward(const Where& where, const BottleneckBackward& adapter, const Norm& norm, const Matrix& dweight,
+                           const Matrix& dbias, const py::object& allocate) {
+  const NormAdapterBackward call{adapter, norm, rows(dweight), rows(dbias)};
+  const cuda::Launch on = launch(where);
+  cuda::norm_adapter_backward(call, on, workspace(allocate, cuda::norm_adapter_workspace(call, on)));
 }
 
 void channel_adapter_forward(const Where& where, std::tuple<int64_t, int64_t, int64_t> sizes, uintptr_t channels,
@@ -112,6 +136,11 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("bottleneck_forward_sm90", &bottleneck_forward<cuda::bottleneck_forward_sm90>);
   m.def("bottleneck_backward_sm90", &bottleneck_backward<cuda::bottleneck_workspace_sm90, cuda::bottleneck_backward_sm90>);
 #endif
+  bind_adapter(m);
+  m.def("adapter_norm_forward", &adapter_norm_forward);
+  m.def("adapter_norm_backward", &adapter_norm_backward);
+  m.def("norm_adapter_forward", &norm_adapter_forward);
+  m.def("norm_adapter_backward", &norm_adapter_backward);
   m.def("channel_adapter_forward", &channel_adapter_forward);
   m.def("channel_adapter_backward", &channel_adapter_backward);
   m.def("channel_gradient", &channel_gradient);

@@ -15,7 +15,9 @@ namespace petl::cuda {
 struct AdapterRows : Bottleneck {
   int d_from, d_to;  // columns of what comes in, of what comes out (0: nothing does)
   Source from, w_down, w_up, residual;  // x or g, ..., nothing or what is added
-  bool resident;                        // `residual` is `from`, and its slabs stay
+  bool resident;  // slabs of both phases have places of their own, the same for both; a residual is then `from`
+  bool made;      // those of the first phase are there before it begins
+  bool kept;      // those of the second stay where they are and are not written
   Rows b_down, b_up, scale;
   int scale_size;
   float alpha;
@@ -33,14 +35,23 @@ template <typename T>
 int64_t weight_stage_bytes(int64_t r) {
   return round_up(r, kWidth<T>) * kRowBytes;  // of w_down r rows, of w_up kWidth rows in r / kWidth tiles
 }
+// Places for slabs of rows.
 template <typename T>
-int64_t adapter_shared_bytes(int64_t block_m, int stages, int64_t d_from, int64_t r, bool resident) {
-  const int64_t slots = resident ? cdiv(d_from, kWidth<T>) : stages;
-  return (slots + cdiv(r, kWidth<T>)) * block_m * kRowBytes + stages * weight_stage_bytes<T>(r) + (kWarps + block_m) * 4;
+PETL_BOTH int slab_slots(const AdapterRows& call, int stages) {
+  const int slabs = static_cast<int>(cdiv(call.d_from, kWidth<T>)), out_slabs = static_cast<int>(cdiv(call.d_to, kWidth<T>));
+  if (call.resident) return slabs > out_slabs ? slabs : out_slabs;
+  return call.made && slabs > stages ? slabs : stages;
+}
+template <typename T>
+int64_t adapter_shared_bytes(const AdapterRows& call, int64_t block_m, int stages) {
+  const int64_t tiles = slab_slots<T>(call, stages) + cdiv(call.r, kWidth<T>);
+  return tiles * block_m * kRowBytes + stages * weight_stage_bytes<T>(call.r) + (kWarps + block_m) * 4;
 }
 
-template <typename T, int kRanks, int kBlockM, bool kBackward>
-__global__ void __launch_bounds__(kThreads, kRanks > 64 ? 1 : 2) adapter_rows_kernel(const __grid_constant__ AdapterRows call) {
+// `before` and `after` get the slabs, column c of a row in slab c / kWidth where they are resident or made, and 4 KiB that
+// are free then.
+template <typename T, int kRanks, int kBlockM, bool kBackward, typename Before, typename After>
+PETL_DEVICE void adapter_rows(const AdapterRows& call, Before&& before, After&& after) {
   constexpr int kAcross = kWarps / (kBlockM / 16);             // warps side by side
   constexpr int kPairs = (kRanks / 16 + kAcross - 1) / kAcross;  // of 8 ranks, per warp
   constexpr int kOutPairs = kWidth<T> / 16 > kAcross ? kWidth<T> / 16 / kAcross : 1;
@@ -52,7 +63,7 @@ __global__ void __launch_bounds__(kThreads, kRanks > 64 ? 1 : 2) adapter_rows_ke
   const int64_t row_0 = static_cast<int64_t>(blockIdx.x) * kBlockM;
   const int r = call.r, pairs = (r + 15) / 16, ranks = 16 * pairs;
   const int slabs = static_cast<int>(cdiv(call.d_from, kWidth<T>)), out_slabs = static_cast<int>(cdiv(call.d_to, kWidth<T>));
-  const int slots = call.resident ? slabs : kRing;
+  const int slots = slab_slots<T>(call, kRing);
   const int stage_bytes = static_cast<int>(cdiv(r, kWidth<T>)) * kSubTile;
 
   unsigned char* const slab_memory = shared_memory();
@@ -64,14 +75,14 @@ __global__ void __launch_bounds__(kThreads, kRanks > 64 ? 1 : 2) adapter_rows_ke
 
   // Slab i of the sequence that both phases make up.
   const auto slab_of = [&](int i) {
-    return slab_memory + (call.resident ? (i < slabs ? i : i - slabs) : i % kRing) * kSlab;
+    return slab_memory + (call.resident ? (i < slabs ? i : i - slabs) : i % slots) * kSlab;
   };
   const auto load_slab = [&](int i) {
     unsigned char* const stage = weights + i % kRing * stage_bytes;
     const bool first = i < slabs;
     const int col = (first ? i : i - slabs) * kWidth<T>;
     if (first) {
-      load_tile<T>(slab_of(i), kBlockM, call.from, row_0, col);
+      if (!call.made) load_tile<T>(slab_of(i), kBlockM, call.from, row_0, col);
     } else if (call.residual.data && !call.resident) {
       load_tile<T>(slab_of(i), kBlockM, call.residual, row_0, col);
     }
@@ -90,6 +101,7 @@ __global__ void __launch_bounds__(kThreads, kRanks > 64 ? 1 : 2) adapter_rows_ke
     if (i + kRing - 1 < slabs + out_slabs) load_slab(i + kRing - 1);
     copy_async_commit();
   };
+  before(slab_memory, h_tile);
 #pragma unroll
   for (int i = 0; i < kRing - 1; ++i) {
     if (i < slabs + out_slabs) load_slab(i);
@@ -224,6 +236,7 @@ __global__ void __launch_bounds__(kThreads, kRanks > 64 ? 1 : 2) adapter_rows_ke
         }
       }
     }
+    if (call.kept) continue;
     sync_warp();  // what follows is this warp's own part
     constexpr int kRowChunks = kOutPairs * 16 / kChunk<T>;
     for (int i = lane; i < 16 * kRowChunks; i += kWarp) {
@@ -239,6 +252,13 @@ __global__ void __launch_bounds__(kThreads, kRanks > 64 ? 1 : 2) adapter_rows_ke
       }
     }
   }
+  after(slab_memory, h_tile);
+}
+
+template <typename T, int kRanks, int kBlockM, bool kBackward>
+__global__ void __launch_bounds__(kThreads, kRanks > 64 ? 1 : 2) adapter_rows_kernel(const __grid_constant__ AdapterRows call) {
+  const auto nothing = [](unsigned char*, unsigned char*) {};
+  adapter_rows<T, kRanks, kBlockM, kBackward>(call, nothing, nothing);
 }
 
 }  // namespace petl::cuda

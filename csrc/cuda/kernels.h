@@ -28,6 +28,18 @@ void bottleneck_forward_sm90(const BottleneckForward& call, const Launch& launch
 int64_t bottleneck_workspace_sm90(const BottleneckBackward& call, const Launch& launch);
 void bottleneck_backward_sm90(const BottleneckBackward& call, const Launch& launch, void* workspace);
 
+// The adapter with a norm behind it or in front; which tensors a call has is the CPU kernels' affair too, mean and rstd are
+// float32, and x, z and dx have one dtype, of norm_adapter everything that is rows. Throw as bottleneck_forward. Workspace,
+// on 16 bytes, is wanted by a forward whose rows do not fit shared memory.
+int64_t adapter_norm_forward_workspace(const AdapterNormForward& call, const Launch& launch);
+void adapter_norm_forward(const AdapterNormForward& call, const Launch& launch, void* workspace);
+int64_t adapter_norm_workspace(const AdapterNormBackward& call, const Launch& launch);
+void adapter_norm_backward(const AdapterNormBackward& call, const Launch& launch, void* workspace);
+int64_t norm_adapter_forward_workspace(const NormAdapterForward& call, const Launch& launch);
+void norm_adapter_forward(const NormAdapterForward& call, const Launch& launch, void* workspace);
+int64_t norm_adapter_workspace(const NormAdapterBackward& call, const Launch& launch);
+void norm_adapter_backward(const NormAdapterBackward& call, const Launch& launch, void* workspace);
+
 // Throw std::invalid_argument beyond 384 channels.
 void channel_adapter_forward(const ChannelAdapterForward& call, const Launch& launch);
 int64_t channel_adapter_workspace(const ChannelAdapterBackward& call, const Launch& launch);

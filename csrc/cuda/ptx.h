@@ -112,6 +112,8 @@ PETL_DEVICE void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+PETL_DEVICE void prefetch_l2(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
+
 // Four 8 x 8 matrices of 16 bits; lane i gives the address of row i % 8 of matrix i / 8 and receives, of each, the
 // elements 2 (i % 4) and the next of row i / 4, or, transposed, of column i / 4.
 PETL_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {

@@ -104,6 +104,87 @@ PETL_DEVICE void load_chunk(unsigned char* to, const Source& m, int64_t row, int
   *reinterpret_cast<Chunk<T>*>(to) = chunk;
 }
 
+PETL_DEVICE float half_to_float(uint16_t bits, bool brain) { return brain ? to_float(bf16{bits}) : to_float(f16{bits}); }
+PETL_DEVICE uint16_t float_to_half(float value, bool brain) {
+  return brain ? from_float<bf16>(value).bits : from_float<f16>(value).bits;
+}
+
+// kCount elements of a row from `col` on as floats, `outside` where the matrix has none or is absent.
+template <int kCount>
+PETL_DEVICE void load_floats(float (&values)[kCount], const Source& m, int64_t row, int col, float outside = 0) {
+  int count = m.data && row < m.rows ? m.cols - col : 0;
+  count = count < 0 ? 0 : count > kCount ? kCount : count;
+  const bool whole = m.vectors && count == kCount, brain = m.dtype == DType::kBFloat16;
+  const auto* const floats = static_cast<const float*>(m.data) + row * m.stride + col;
+  const auto* const halves = static_cast<const uint16_t*>(m.data) + row * m.stride + col;
+  if (m.dtype == DType::kFloat32) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += 4) {
+      if (whole) {
+        const Chunk<float> four = *reinterpret_cast<const Chunk<float>*>(floats + i);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) values[i + j] = four.values[j];
+      } else {
+#pragma unroll
+        for (int j = i; j < i + 4; ++j) values[j] = j < count ? floats[j] : outside;
+      }
+    }
+  } else if (kCount == 8 && whole) {
+    const Chunk<bf16> eight = *reinterpret_cast<const Chunk<bf16>*>(halves);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] = half_to_float(eight.values[i % 8].bits, brain);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] = i < count ? half_to_float(halves[i], brain) : outside;
+  }
+}
+
+// The way back: those of the row's `cols` elements that are there.
+template <int kCount>
+PETL_DEVICE void store_floats(const Rows& m, bool vectors, int64_t row, int col, int cols, const float (&values)[kCount]) {
+  const bool whole = vectors && col + kCount <= cols, brain = m.dtype == DType::kBFloat16;
+  auto* const floats = static_cast<float*>(m.data) + row * m.stride + col;
+  auto* const halves = static_cast<uint16_t*>(m.data) + row * m.stride + col;
+  if (m.dtype == DType::kFloat32) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += 4) {
+      if (whole) {
+        *reinterpret_cast<Chunk<float>*>(floats + i) = {{values[i], values[i + 1], values[i + 2], values[i + 3]}};
+      } else {
+#pragma unroll
+        for (int j = i; j < i + 4; ++j) {
+          if (col + j < cols) floats[j] = values[j];
+        }
+      }
+    }
+    return;
+  }
+  uint16_t bits[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) bits[i] = float_to_half(values[i], brain);
+  if (kCount == 8 && whole) {
+    Chunk<bf16> eight;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) eight.values[i % 8].bits = bits[i];
+    *reinterpret_cast<Chunk<bf16>*>(halves) = eight;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (col + i < cols) halves[i] = bits[i];
+    }
+  }
+}
+
+// Asks for `height` rows to be in the L2 cache when they are read.
+PETL_DEVICE void prefetch_rows(const Source& m, int64_t row, int height) {
+  const int64_t bytes = m.dtype == DType::kFloat32 ? 4 : 2;
+  const int lines = m.data ? static_cast<int>(cdiv(m.cols * bytes, 128)) : 0;
+  for (int i = static_cast<int>(threadIdx.x); i < height * lines; i += kThreads) {
+    const int64_t n = row + i / lines;
+    if (n < m.rows) prefetch_l2(static_cast<const unsigned char*>(m.data) + n * m.stride * bytes + i % lines * 128);
+  }
+}
+
 // `height` rows of a tile from (row, col) on, by all threads of the block.
 template <typename T>
 PETL_DEVICE void load_tile(unsigned char* tile, int height, const Source& m, int64_t row, int col) {

@@ -15,6 +15,12 @@ constexpr int kGradientStages = 3;
 template <typename T>
 constexpr int kGradientWidth = 2 * kWidth<T>;
 
+// Rows (q - mean) rstd weight + bias in the place of rows q; absent without rstd.
+struct Normal {
+  Source weight, bias;  // of one row each; may be absent
+  Rows mean, rstd;      // the first may be absent
+};
+
 // out[group] [p_cols, q_cols] = P^T Q, element (k, c) at k out_k + c out_c; absent sums are not computed.
 struct TallProduct {
   Source p, q;
@@ -22,6 +28,7 @@ struct TallProduct {
   float *out, *p_sum, *q_sum;
   int64_t out_k, out_c;
   Rows gate{};  // rows of one element, or absent
+  Normal normal{};
 };
 struct TallProducts {
   int64_t n, group_rows;
@@ -65,6 +72,24 @@ PETL_DEVICE void load_gathered(unsigned char* tile, int height, const Source& m,
   }
 }
 
+// A thread's own chunk of a tile, as load_tile has shared them out, normalised in its place; before the others may read it.
+template <typename T>
+PETL_DEVICE void normalise_chunk(unsigned char* tile, const Source& m, const Normal& normal, int64_t row, int col) {
+  static_assert(kGroupRows * kChunks == kThreads, "one chunk a thread");
+  const int down = static_cast<int>(threadIdx.x) / kChunks, c = static_cast<int>(threadIdx.x) % kChunks;
+  if (row + down >= m.rows) return;
+  auto* const chunk = reinterpret_cast<Chunk<T>*>(chunk_of(tile, down, c));
+  const float mean = normal.mean.data ? static_cast<const float*>(normal.mean.data)[row + down] : 0.0f;
+  const float rstd = static_cast<const float*>(normal.rstd.data)[row + down];
+  float weight[kChunk<T>], bias[kChunk<T>];
+  load_floats(weight, normal.weight, 0, col + c * kChunk<T>, 1.0f);
+  load_floats(bias, normal.bias, 0, col + c * kChunk<T>);
+#pragma unroll
+  for (int e = 0; e < kChunk<T>; ++e) {
+    chunk->values[e] = from_float<T>((to_float(chunk->values[e]) - mean) * rstd * weight[e] + bias[e]);
+  }
+}
+
 template <typename T>
 PETL_DEVICE uint32_t one() {
   if constexpr (sizeof(T) == 4) return 0x3f800000u;
@@ -72,7 +97,7 @@ PETL_DEVICE uint32_t one() {
 }
 
 // Two blocks a processor, which `groups_of` counts on: all four steps of floats unrolled took 164 registers of 128.
-template <typename T, bool kGather>
+template <typename T, bool kGather, bool kNormal = false>
 __global__ void __launch_bounds__(kThreads, 2) tall_products_kernel(const __grid_constant__ TallProducts call) {
   constexpr int kAcross = 4, kDownTiles = 2;                      // 2 x 4 warps, each 32 ranks
   constexpr int kPairs = kGradientWidth<T> / 16 / kAcross;        // times 2 (16 bits) or 1 (floats) of 16 columns
@@ -135,10 +160,16 @@ __global__ void __launch_bounds__(kThreads, 2) tall_products_kernel(const __grid
     const float gate = gate_ahead;
     if (gated) gate_ahead = gate_in(i + 1);
     copy_async_wait<kGradientStages - 2>();
+    unsigned char* const stage = shared_memory() + i % kGradientStages * kStage;
+    if constexpr (kNormal) {
+      for (int t = 0; t < 2 && product.normal.rstd.data; ++t) {
+        const int64_t row = begin + static_cast<int64_t>(i) * kGroupRows;
+        normalise_chunk<T>(stage + (kPTiles + t) * kTile, product.q, product.normal, row, col_0 + t * kWidth<T>);
+      }
+    }
     sync_block();
     if (i + kGradientStages - 1 < steps) load_rows(i + kGradientStages - 1);
     copy_async_commit();
-    unsigned char* const stage = shared_memory() + i % kGradientStages * kStage;
 #pragma unroll 2
     for (int k = 0; k < kGroupRows; k += kDeep<T>) {
       if (gated) {

@@ -138,6 +138,10 @@ void copy_async_wait() {
   fiber.copies = later;
 }
 
+inline void prefetch_l2(const void* global) {  // AddressSanitizer is to see where
+  [[maybe_unused]] const volatile unsigned char byte = *static_cast<const volatile unsigned char*>(global);
+}
+
 template <bool kTransposed>
 void matrices(emulator::Arrival* lanes) {
   for (int matrix = 0; matrix < 4; ++matrix) {
