@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from table import check_refused
+from table import check_refused, device, kernels, marks
 
 from petl_kernels import adapter_norm, norm_adapter
 from petl_kernels.testing import CASES, arguments, check
@@ -12,7 +12,11 @@ from petl_kernels.testing import CASES, arguments, check
 N, D, R = 3, 8, 2
 t = torch.zeros
 SITES = {case.name: case for case in CASES if case.name in ("adapter_norm", "norm_adapter")}
-KERNELS = [(case, impl) for case in SITES.values() for impl in case.op.impls if impl != "reference"]
+KERNELS = [
+    pytest.param(case, impl, id=f"{case.name}-{impl}", marks=marks(impl))
+    for case in SITES.values()
+    for impl in kernels(case)
+]
 
 
 def good(fn, **changed):
@@ -63,7 +67,7 @@ def test_bad_terms():
     check_refused(adapter_norm, wide, ValueError, "w_up must be .* d = 8 where x is a term of the sum, got 9 rows")
 
 
-@pytest.mark.parametrize("case, impl", KERNELS, ids=lambda v: getattr(v, "name", v))
+@pytest.mark.parametrize("case, impl", KERNELS)
 def test_an_implementation_that_cannot_run_the_device(case, impl):
     call = {name: v.to("meta") if isinstance(v, torch.Tensor) else v for name, v in good(case.fn).items()}
     with pytest.raises(RuntimeError, match=f"^{case.name}: impl='{impl}' cannot run this call: .*meta"):
@@ -71,7 +75,7 @@ def test_an_implementation_that_cannot_run_the_device(case, impl):
     assert case.fn(**call).shape == (N, D)
 
 
-@pytest.mark.parametrize("case, impl", KERNELS, ids=lambda v: getattr(v, "name", v))
+@pytest.mark.parametrize("case, impl", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_far_from_zero(case, impl, dtype):
     """With a mean of ten thousand standard deviations float32 keeps three digits: no fewer than eager may be left.
@@ -84,7 +88,7 @@ def test_rows_far_from_zero(case, impl, dtype):
     far = "x_mean" if case.name == "norm_adapter" else "residual_mean"
     for seed, sample in enumerate((dict(d=768, r=16), dict(d=96, r=4), dict(d=1000, r=8, norm="rms"))):
         mean = 1e4 if dtype == torch.float32 or "norm" in sample else 100.0
-        call = case.inputs({"n": 16, **sample, far: (-1) ** seed * mean}, dtype, seed=seed)
+        call = case.inputs({"n": 16, **sample, far: (-1) ** seed * mean}, dtype, device=device(impl), seed=seed)
         assert check(case, call, impl=impl) == []
 
 
@@ -104,20 +108,21 @@ SAVED = {
 }
 
 
-@pytest.mark.parametrize("impl", [impl for case, impl in KERNELS if case.name == "adapter_norm"])
+@pytest.mark.parametrize("impl", [pytest.param(i, marks=marks(i)) for i in kernels(SITES["adapter_norm"])])
 @pytest.mark.parametrize("options, beside_normal, formed_again", SAVED.values(), ids=SAVED)
 def test_only_what_the_backward_reads_is_saved(options, beside_normal, formed_again, impl):
-    """Of the size of x two tensors: x, and the normalised rows (C++) or the other term of the sum (Triton)."""
+    """Of the size of x two tensors: x, and the normalised rows (C++, CUDA) or the other term of the sum (Triton)."""
     case = SITES["adapter_norm"]
     trains = options.get("frozen") != "all"
     if not trains:
         options = dict(frozen=tuple(case.inputs(case.typical)))
-    call = arguments(case.inputs(dict(n=N, d=D, r=R, **options)))
+    call = arguments(case.inputs(dict(n=N, d=D, r=R, **options), device=device(impl)))
     given = {v.data_ptr(): name for name, v in call.items() if isinstance(v, torch.Tensor)}
     saved: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda v: saved.append(v) or v, lambda v: v):
         adapter_norm(**call, impl=impl)
     kept = {given[v.data_ptr()] for v in saved if v.shape == (N, D) and v.data_ptr() in given}
-    assert kept == (beside_normal if impl == "cpp" else formed_again)
+    stored = impl != "triton"
+    assert kept == (beside_normal if stored else formed_again)
     made = sum(v.numel() for v in saved if v.data_ptr() not in given)
-    assert made == trains * (N * R + (N + N * D if impl == "cpp" else 2 * N))
+    assert made == trains * (N * R + (N + N * D if stored else 2 * N))

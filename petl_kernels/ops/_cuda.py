@@ -14,7 +14,7 @@ try:
 except ImportError as error:
     raise ImportError(f"petl_kernels has no CUDA kernels here (`petl-kernels env` says why): {error}") from error
 
-__all__ = ["Workspace", "_cuda", "cannot_run", "capability", "launch_on"]
+__all__ = ["Workspace", "_cuda", "cannot_run", "capability", "launch_on", "too_wide"]
 
 Launch = tuple[int, int, int, int, bool]
 
@@ -44,6 +44,14 @@ def cannot_run(*tensors: Tensor | None) -> str | None:
     if any(t.dtype == torch.float64 for t in present):
         return "it has no float64 kernels; float32, bfloat16 and float16 work"
     return _too_old(present[0].device.index)
+
+
+def too_wide(x: Tensor, w_down: Tensor) -> str | None:
+    """Why no kernel by rows can take a bottleneck, or None: h and two slabs of weights have to fit 99 KiB."""
+    widest = 224 if x.dtype == torch.float32 else 256
+    if w_down.shape[0] <= widest:
+        return None
+    return f"its bottleneck is at most {widest} wide in {x.dtype}, got r = {w_down.shape[0]}"
 
 
 @cache

@@ -82,7 +82,7 @@ def _sizes(x: Tensor, residual: Any, hidden: Any, w_down: Tensor, *_: Any) -> tu
     return x.numel() // d, d, r
 
 
-OP = Op(__name__, impls=("cpp", "triton"), preference=_preference, sizes=_sizes)
+OP = Op(__name__, impls=("cpp", "triton", "cuda"), preference=_preference, sizes=_sizes)
 
 # `hidden` is None where x itself is the term of the sum; the terms have the dtype of y, x its own. `scale` and `alpha`
 # are the tensor and the float form of the scale. z is the pre-activation [..., r] in x's dtype, mean and rstd are
@@ -110,8 +110,9 @@ BACKWARD = OP.direction(
 
 
 # Implementations that keep the normalised rows for the backward. On a CPU the bound is arithmetic, and forming the sum
-# again a sixth more of it; on a GPU the bound is memory, and keeping them a fourth pass beside the forward's three.
-_STORING = ("cpp",)
+# again a sixth more of it. On a GPU the bound is memory: to keep them is a fourth pass beside the forward's three, and
+# one less in the backward, where Triton reads the terms of the sum and the CUDA kernels these.
+_STORING = ("cpp", "cuda")
 
 
 class _AdapterNorm(torch.autograd.Function):
@@ -202,7 +203,7 @@ def adapter_norm(
     sublayer's input. With `hidden` given the branch has an input of its own (the parallel adapter of He et al. 2021,
     arXiv:2110.04366, is the call with x and residual exchanged, since both are terms; Pfeiffer et al. 2021,
     arXiv:2005.00247, feed it the normalised sum). Differentiable once. The backward keeps x, the pre-activation
-    [..., r] and, on the CPU, the normalised sum, elsewhere residual and hidden.
+    [..., r] and the normalised sum, in the place of which "triton" keeps residual and hidden.
 
     Args:
         x: input of the branch [..., d_in], float32, bfloat16, float16 or float64, any strides. Under autocast the
@@ -219,7 +220,7 @@ def adapter_norm(
         activation: "relu", "gelu" (erf), "gelu_tanh", "silu", "tanh", "sigmoid", "leaky_relu" (0.01) or "identity".
         scale: a float, a learned scalar [] or [1], or a learned vector [d].
         norm: "layer" (Ba et al. 2016, arXiv:1607.06450) or "rms" (Zhang and Sennrich 2019, arXiv:1910.07467).
-        impl: "reference", "cpp", "triton", or None for the fastest known; see `explain` and `use_impl`.
+        impl: "reference", "cpp", "triton", "cuda", or None for the fastest known; see `explain` and `use_impl`.
 
     Returns:
         [..., d], contiguous, in the promoted dtype of the sum's terms (float32 under CUDA autocast, as `F.layer_norm`).

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from petl_kernels.ops._cuda import Workspace, _cuda, cannot_run, launch_on
+from petl_kernels.ops._cuda import Workspace, _cuda, cannot_run, launch_on, too_wide
 from petl_kernels.ops._gradients import new_gradients
 from petl_kernels.ops._rows import row_major, rows
 from petl_kernels.ops.bottleneck_adapter.reference import CODES
@@ -16,13 +16,7 @@ from petl_kernels.ops.bottleneck_adapter.reference import CODES
 
 def unsupported(x: Tensor, w_down: Tensor, *_: Any) -> str | None:
     """Why these kernels cannot run a (validated) call, or None when they can."""
-    if reason := cannot_run(x, w_down):
-        return reason
-    # h and two slabs of weights of a block are in shared memory, of which some devices have 99 KiB.
-    widest = 224 if x.dtype == torch.float32 else 256
-    if w_down.shape[0] > widest:
-        return f"its bottleneck is at most {widest} wide in {x.dtype}, got r = {w_down.shape[0]}"
-    return None
+    return cannot_run(x, w_down) or too_wide(x, w_down)
 
 
 def forward(

@@ -41,7 +41,7 @@ def _sizes(x: Tensor, ln_weight: Any, ln_bias: Any, w_down: Tensor, *_: Any) -> 
     return x.numel() // d, d, r
 
 
-OP = Op(__name__, impls=("cpp", "triton"), preference=_preference, sizes=_sizes)
+OP = Op(__name__, impls=("cpp", "triton", "cuda"), preference=_preference, sizes=_sizes)
 
 # `scale` and `alpha` are the tensor and the float form of the scale. z is the pre-activation [..., r] in x's dtype,
 # mean and rstd are [rows] (no mean of RMSNorm), all three empty when `save` is false. y has the promoted dtype of x
@@ -164,7 +164,7 @@ def norm_adapter(
         activation: "relu", "gelu" (erf), "gelu_tanh", "silu", "tanh", "sigmoid", "leaky_relu" (0.01) or "identity".
         scale: a float, a learned scalar [] or [1], or a learned vector [d_out].
         norm: "layer" (Ba et al. 2016, arXiv:1607.06450) or "rms" (Zhang and Sennrich 2019, arXiv:1910.07467).
-        impl: "reference", "cpp", "triton", or None for the fastest known; see `explain` and `use_impl`.
+        impl: "reference", "cpp", "triton", "cuda", or None for the fastest known; see `explain` and `use_impl`.
 
     Returns:
         [..., d_out], contiguous, in x's dtype, promoted with residual's. Each gradient has its input's dtype.
