@@ -106,11 +106,10 @@ PETL_DEVICE void normalise_rows(const NormRows& call, int d, Get&& get, Put&& pu
         get(v, row, col, pass == 0);
 #pragma unroll
         for (int e = 0; e < kCount; ++e) {
-          const bool inside = col + e < d;
-          const float deviation = inside ? v[e] - mean[i] : 0.0f;
+          const float deviation = col + e < d ? v[e] - mean[i] : 0.0f;
           sum[i] += deviation, square[i] += deviation * deviation;
           v[e] = deviation * rstd[i] - missing[i] * rstd[i];
-          value[e] = inside ? v[e] * weight[e] + bias[e] : 0.0f;
+          value[e] = v[e] * weight[e] + bias[e];  // behind the last column too, where it meets zeros of the weights
         }
         if (pass == 2) put(value, v, row, col);
       });
@@ -182,7 +181,7 @@ PETL_DEVICE void differentiate_norm(const NormRows& call, int d, bool wanted, un
           const float gw = g[e] * weight[e];
           of_weight[e] += g[e] * xh[e], of_bias[e] += g[e];
           sums[i][0] += gw, sums[i][1] += gw * xh[e];
-          g[e] = col + e < d ? rstd[i] * (gw - offset[i] - xh[e] * slope[i]) : 0.0f;
+          g[e] = rstd[i] * (gw - offset[i] - xh[e] * slope[i]);
         }
         if (pass == 1) put(g, row, col);
       });

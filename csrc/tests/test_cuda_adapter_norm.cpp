@@ -175,7 +175,7 @@ int main() {
       for (const bool fits : {true, false}) {
         const int64_t d = fits ? 72 : 264;
         SiteOptions some = site(post, 37, d, 12, kBrain);
-        some.only = only, some.weights = kSingle, some.scale_size = only[3] == 's' ? d : 1;
+        some.only = only, some.weights = kSingle, some.scale_size = some.only == "dscale dx" ? d : 1;
         run(some, {132, kLittle});
       }
     }
