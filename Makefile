@@ -16,7 +16,7 @@ SANITIZER ?= compute-sanitizer
 # Of a checkout that may not be installed there; cmake and ninja are beside the interpreter.
 ON_GPU := PYTHONPATH=$(CURDIR) PATH="$(abspath $(dir $(GPU_PYTHON))):$$PATH"
 
-.PHONY: demo two-stage test lint test-cpp test-python test-integrations resources bench clean
+.PHONY: demo two-stage test lint test-cpp test-tsan test-python test-integrations resources bench clean
 .PHONY: gpu build-gpu test-gpu sanitize bench-gpu crossover
 
 demo: $(READY)
@@ -36,9 +36,16 @@ lint: $(READY)
 # Under AddressSanitizer and UBSanitizer; torch and Python play no part in it.
 test-cpp: $(READY)
 	$(BIN)/cmake -S csrc -B build/tests -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
-	  -DPETL_TESTS=ON -DPETL_SANITIZE=ON -DPETL_PYTHON=OFF -DPETL_CUDA=0
+	  -DPETL_TESTS=ON -DPETL_SANITIZE=address -DPETL_PYTHON=OFF -DPETL_CUDA=0
 	$(BIN)/cmake --build build/tests
 	OMP_WAIT_POLICY=passive $(BIN)/ctest --test-dir build/tests --parallel 2 --output-on-failure
+
+# The same threads under ThreadSanitizer, for races; minutes, and no part of `make test`.
+test-tsan: $(READY)
+	$(BIN)/cmake -S csrc -B build/tsan -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DPETL_TESTS=ON -DPETL_SANITIZE=thread -DPETL_PYTHON=OFF -DPETL_CUDA=0
+	$(BIN)/cmake --build build/tsan
+	$(BIN)/ctest --test-dir build/tsan --parallel 2 --output-on-failure
 
 test-python: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not resources and not distributed'

@@ -22,7 +22,8 @@ inline int64_t block_rows(int64_t d) {
 
 inline int useful_threads(int threads, int64_t n, int64_t multiply_adds) {
   // A team costs about 2 us, 2^18 multiply-adds 4 us of one core: a thread for less than that does not pay.
-  const int64_t by_work = multiply_adds >> 18, by_rows = (n + kTileRows - 1) / kTileRows;
+  const int64_t by_work = kEveryThreadPays ? threads : multiply_adds >> 18;
+  const int64_t by_rows = (n + kTileRows - 1) / kTileRows;
   const int64_t most = by_work < by_rows ? by_work : by_rows;
   return static_cast<int>(most < 1 ? 1 : most < threads ? most : threads);
 }

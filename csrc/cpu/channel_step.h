@@ -105,7 +105,7 @@ void share_elements(const ChannelTensor* tensors, int64_t count, int threads, co
   int64_t total = 0;
   for (int64_t i = 0; i < count; ++i) total += tensors[i].rows * tensors[i].cols;
   constexpr int64_t kWorthwhile = 1 << 14, kLine = 64;  // elements that pay for a thread; a boundary's multiple
-  const int64_t most = total / kWorthwhile + 1;
+  const int64_t most = kEveryThreadPays ? threads : total / kWorthwhile + 1;
 #pragma omp parallel num_threads(static_cast<int>(most < threads ? most : threads))
   {
     const int64_t me = omp_get_thread_num(), team = omp_get_num_threads();

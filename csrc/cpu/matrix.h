@@ -10,6 +10,13 @@
 
 namespace petl::PETL_ISA {
 
+// The sanitizers' calls are small, and are to show what threads do to each other all the same.
+#ifdef PETL_EVERY_THREAD_PAYS
+constexpr bool kEveryThreadPays = true;
+#else
+constexpr bool kEveryThreadPays = false;
+#endif
+
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 template <typename C>
