@@ -231,7 +231,8 @@ class ChannelOptimizer(Optimizer):
         """Refuse loaded groups and state that are of other tensors or channels; put the counters on their devices."""
         name = type(self).__name__
         for g, (group, own) in enumerate(zip(groups, self.param_groups)):
-            if missing := sorted(key for key in ("channels", *self.defaults) if key not in group):
+            # Of the group: torch adds a key to the defaults when a state is loaded.
+            if missing := sorted(key for key in ("channels", *self.defaults) if key in own and key not in group):
                 raise ValueError(f"{name}: the state dict was made by another optimizer: group {g} lacks {missing}")
             for i, (p, record, saved) in enumerate(zip(own["params"], own["channels"], group["channels"])):
                 where = f"entry {i} of group {g}"

@@ -69,6 +69,7 @@ def test_a_hundred_steps(impl, configuration, resume):
         state = saved(found.ours)
         found.ours = OPTIMIZERS[kind][0]([e.item for e in found.entries], lr=7.0, impl=impl)
         found.ours.load_state_dict(state)
+        found.ours.load_state_dict(saved(found.ours))  # at the first load torch adds a key to the defaults
     found.step(50)
     for e in found.entries:
         assert e.others_are_untouched()
