@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import chain
@@ -52,6 +53,7 @@ class _Batch:
     grads: list[Tensor] = field(default_factory=list)
     records: list[dict[str, Any]] = field(default_factory=list)
     states: list[dict[str, Tensor]] = field(default_factory=list)
+    new: dict[Tensor, dict[str, Tensor]] = field(default_factory=dict)  # of these states, those of a first step
     numbers: array[float] = field(default_factory=lambda: array("d"))
 
     def on(self, device: torch.device) -> _Batch:
@@ -61,7 +63,8 @@ class _Batch:
             return self
         numbers = array("d", [n for i in mine for n in self.numbers[i * NUMBERS : (i + 1) * NUMBERS]])
         lists: list[Any] = [[of[i] for i in mine] for of in (self.params, self.grads, self.records, self.states)]
-        return _Batch(lists[0], lists[1], lists[2], lists[3], numbers)
+        new = {p: state for p, state in self.new.items() if p.device == device}
+        return _Batch(lists[0], lists[1], lists[2], lists[3], new, numbers)
 
 
 _KIND = attrgetter("shape", "dtype", "device")
@@ -137,7 +140,15 @@ class ChannelOptimizer(Optimizer):
         batch = self._gather()
         if batch.params and not self._again(batch):
             for device in dict.fromkeys(p.device for p in batch.params):
-                self._update(device, batch.on(device))
+                part, before = batch.on(device), self.state
+                if part.new:
+                    self.state = defaultdict(dict, {**before, **part.new})
+                try:  # all that takes memory comes before the kernel, which does its step or leaves everything alone
+                    self._update(device, part)
+                except BaseException:
+                    if part.new:
+                        self.state = before
+                    raise
         return loss
 
     def _gather(self) -> _Batch:
@@ -151,14 +162,17 @@ class ChannelOptimizer(Optimizer):
                     params.append(p)
                     grads.append(grad)
                     records.append(record)
-                    states.append((self.state[p] or self._new_state(p, record)) if has_state else _STATELESS)
+                    state = self.state.get(p) if has_state else _STATELESS
+                    if not state:
+                        state = batch.new[p] = self._new_state(p, record)
+                    states.append(state)
             if before < len(params):
                 batch.numbers.extend(self._options(group) * (len(params) - before))
         return batch
 
     def _new_state(self, p: Tensor, record: dict[str, Any]) -> dict[str, Tensor]:
         """Zeros for what an entry updates."""
-        state = self.state[p]
+        state: dict[str, Tensor] = {}
         for name in self._states:
             if record["channels"] is None:
                 state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
@@ -192,14 +206,16 @@ class ChannelOptimizer(Optimizer):
             params, grads, *lists, steps, channels, dims, **options, grad_scale=scale, found_inf=inf
         )
         impl = self._op.select(self._impl, *call)
+        if impl == REFERENCE:  # which takes one tensor after the other, and may stop between two: what it made stays
+            batch.new.clear()
         if impl == REFERENCE or torch._C._len_torch_dispatch_stack() > 0:  # who watches operators shall see one
             self._op.directions["update"](impl, *call)
             torch.autograd.graph.increment_version(params)
             return
         table, tensors = Table(params, grads, lists, steps, channels, dims), _together(params, lists, steps)
         prepared = _Prepared(asked_for(self._impl), _kinds(params, grads), tensors, impl, table)
-        self._launch(prepared, batch)
         self._prepared[device] = prepared
+        self._launch(prepared, batch)
 
     def _launch(self, prepared: _Prepared, batch: _Batch) -> None:
         scale, inf = self._scaling(prepared.table.device)

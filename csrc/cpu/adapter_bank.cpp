@@ -63,6 +63,7 @@ void forward(const AdapterBankForward& f) {
   C* scales = work.take<C>(dp);
   P* packed = work.take<P>(present * packed_size);
   C* tiles = work.take<C>(threads * tiles_size);
+  std::vector<Spans> team_spans = spans_of(threads, block);
 
   advise_huge_pages(f.y.data, n * f.y.stride * static_cast<int64_t>(sizeof(Y)));
   for (int64_t c = 0; c < dp; ++c) scales[c] = static_cast<C>(f.scale);
@@ -90,7 +91,7 @@ void forward(const AdapterBankForward& f) {
     const int me = omp_get_thread_num();
     C *z = tiles + me * tiles_size, *x_tile = z + z_size;
     Y* y_tile = reinterpret_cast<Y*>(x_tile + x_size);
-    Spans spans;
+    Spans& spans = team_spans[static_cast<size_t>(me)];
     order.for_tasks(share(n, me, omp_get_num_threads()), [&](int64_t i, int64_t begin, int64_t end) {
       const P* own = packed + i * packed_size;
       const C *b_down = reinterpret_cast<const C*>(own + b_down_at), *b_up = b_down + rp;
@@ -274,6 +275,7 @@ void backward(const AdapterBankBackward& b) {
   C* tiles = work.take<C>(threads * tiles_size);
   C* all_sums = work.take<C>(threads * sums_size);
   C* partials = work.take<C>(2 * threads * plan.partial_size);
+  std::vector<Spans> team_spans = spans_of(threads, plan.block);
 
   if (b.dx) advise_huge_pages(b.dx.data, plan.n * b.dx.stride * static_cast<int64_t>(sizeof(X)));
   for (int64_t c = 0; c < plan.op; ++c) scales[c] = static_cast<C>(b.scale);
@@ -301,7 +303,7 @@ void backward(const AdapterBankBackward& b) {
 
     const int me = omp_get_thread_num();
     C* sums = all_sums + me * sums_size;
-    Spans spans;
+    Spans& spans = team_spans[static_cast<size_t>(me)];
     order.for_tasks(share(plan.n, me, plan.threads), [&](int64_t i, int64_t begin, int64_t end) {
       const int64_t task = order.present[i];
       const P *w_up = packed + i * packed_size, *w_down = w_up + down_at;

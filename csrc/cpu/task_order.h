@@ -13,6 +13,14 @@ struct Span {
 };
 using Spans = std::vector<Span>;
 
+// Room for each thread's spans of a block of `most` rows: an allocation that failed among the threads would end the
+// process instead of the call.
+inline std::vector<Spans> spans_of(int threads, int64_t most) {
+  std::vector<Spans> all(static_cast<size_t>(threads));
+  for (Spans& spans : all) spans.reserve(static_cast<size_t>(most));
+  return all;
+}
+
 // The rows in the order of their tasks, those of one task in their own order.
 struct TaskOrder {
   int64_t rows;                 // per sample

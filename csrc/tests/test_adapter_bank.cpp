@@ -1,8 +1,42 @@
 // The adapters of many tasks, in every instruction set this processor has, against loops in double. Samples are long and
 // short, in any order, so that blocks of rows are taken in place and gathered; threads share tasks.
+#include <atomic>
+#include <cstdlib>
+#include <new>
+
 #include "testing.h"
 
+// Which allocation from now on fails; none where it is negative.
+std::atomic<int> failing{-1};
+
+void* operator new(size_t bytes) {
+  if (failing >= 0 && failing-- == 0) throw std::bad_alloc();
+  if (void* memory = std::malloc(bytes)) return memory;
+  throw std::bad_alloc();
+}
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, size_t) noexcept { std::free(memory); }
+
 namespace {
+
+// Lets the call's allocations fail one after the other: each is an exception here, or among the threads the end.
+template <typename Call>
+int run_out_of_memory(Call call) {
+#ifdef __SANITIZE_THREAD__
+  constexpr int kFirst = 1 << 20;  // none: the threads of openmp.cpp are allocated too
+#else
+  constexpr int kFirst = 0;
+#endif
+  for (int before = kFirst;; ++before) {
+    try {
+      failing = before;
+      call();
+      failing = -1;
+      return before;
+    } catch (const std::bad_alloc&) {
+    }
+  }
+}
 
 struct Sizes {
   int64_t samples, rows, d_in, r, d_out, tasks;
@@ -70,11 +104,14 @@ void run(const std::string& isa, const Sizes& s, DType dtype, DType weights, int
   }
 
   Stored y(n, s.d_out, dtype), z(n, s.r, dtype), dx(n, s.d_in, dtype);
-  kernels().adapter_bank_forward({s.samples, s.rows, s.d_in, s.r, s.d_out, s.tasks, task.data(), adapters.data(), x.rows(),
-                                  residual.rows(), scale, Activation::kGelu, y.rows(), z.rows(), threads});
-  kernels().adapter_bank_backward({s.samples, s.rows, s.d_in, s.r, s.d_out, s.tasks, task.data(), adapters.data(),
-                                   gradients.data(), g.rows(), x.rows(), z.rows(), scale, Activation::kGelu, false,
-                                   dx.rows(), threads});
+  const AdapterBankForward forward{s.samples, s.rows, s.d_in, s.r, s.d_out, s.tasks, task.data(), adapters.data(), x.rows(),
+                                   residual.rows(), scale, Activation::kGelu, y.rows(), z.rows(), threads};
+  const AdapterBankBackward backward{s.samples, s.rows, s.d_in, s.r, s.d_out, s.tasks, task.data(), adapters.data(),
+                                     gradients.data(), g.rows(), x.rows(), z.rows(), scale, Activation::kGelu, false,
+                                     dx.rows(), threads};
+  const int failed = run_out_of_memory([&] { kernels().adapter_bank_forward(forward); }) +
+                     run_out_of_memory([&] { kernels().adapter_bank_backward(backward); });
+  expect(failed > 6, text("only ", failed, " allocations have failed"));
   const double tolerated = tolerance(dtype);
   const std::string name = text(isa, " ", s.samples, " x ", s.rows, " d=", s.d_in, "/", s.d_out, " r=", s.r, " tasks ",
                                 s.tasks, " ", dtype_name(dtype), " threads ", threads, " ");

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from importlib import import_module
+from typing import Any
 
 from torch import nn
 
@@ -67,8 +68,14 @@ def fuse(model: nn.Module, *, impl: str | None = None, strict: bool = False) -> 
     swaps.append(patterns.swap)
     if strict and (report.skipped or not report.fused):
         raise RuntimeError(f"fuse: strict, and nothing was changed: {report.summary}\n{report.reasons}")
-    for swap in swaps:
-        swap(model, impl)
+    before = [(module, module.__class__, _marks(module)) for module in model.modules()]
+    try:
+        for swap in swaps:
+            swap(model, impl)
+    except BaseException:
+        for module, own, marks in before:
+            _restore(module, own, marks)
+        raise
     if not report.fused:
         nothing = "" if report.skipped else "  the model contains no bottleneck adapter and no tuner layer of peft"
         found = "\n".join(filter(None, (nothing, report.reasons)))
@@ -82,8 +89,18 @@ def unfuse(model: nn.Module) -> int:
     for module in model.modules():
         original = getattr(type(module), "fused_from", None)
         if original is not None:
-            module.__class__ = original  # type: ignore[assignment]
-            for name in [name for name in module.__dict__ if name.startswith("fused_")]:
-                delattr(module, name)
+            _restore(module, original, {})
             restored += 1
     return restored
+
+
+def _marks(module: nn.Module) -> dict[str, Any]:
+    """What `fuse` keeps in a module."""
+    return {name: value for name, value in module.__dict__.items() if name.startswith("fused_")}
+
+
+def _restore(module: nn.Module, own: type, marks: dict[str, Any]) -> None:
+    module.__class__ = own  # type: ignore[assignment]
+    for name in _marks(module):
+        del module.__dict__[name]
+    module.__dict__.update(marks)

@@ -85,6 +85,9 @@ class _Carrier(nn.Module):
         super().__init__()
         self.value: Any = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "value": None}  # a forward that failed on its way has left one
+
     def take(self) -> Tensor:
         value, self.value = self.value, None
         return value

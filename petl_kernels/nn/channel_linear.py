@@ -58,14 +58,15 @@ class ChannelLinear(nn.Module):
         channels = _channels(channels, weight.shape[dim], weight)
         self.dim, self.impl = dim, impl
         self.out_features, self.in_features = weight.shape
-        self.weight = freeze(weight)
-        self.register_parameter("bias", None if bias is None else freeze(bias))
+        self.weight = weight
+        self.register_parameter("bias", bias)
         self.register_buffer("channels", channels)
         self.channel_weight = nn.Parameter(weight.detach().index_select(dim, channels))
         trained = None
         if bias is not None and dim == 0 and train_bias:
             trained = nn.Parameter(bias.detach().index_select(0, channels))
         self.register_parameter("channel_bias", trained)
+        freeze(weight, bias)  # once there is memory for all the rest
 
     @classmethod
     def from_linear(
@@ -208,11 +209,12 @@ def _channels(channels: Any, size: int, weight: Tensor) -> Tensor:
     return indices.to(weight.device)
 
 
-def freeze(parameter: nn.Parameter) -> nn.Parameter:
-    """The parameter, which no longer trains."""
-    # An optimizer that holds the parameter steps it as long as it has a gradient, frozen or not.
-    parameter.requires_grad_(False).grad = None
-    return parameter
+def freeze(*parameters: nn.Parameter | None) -> None:
+    """Let these parameters no longer train."""
+    # An optimizer that holds a parameter steps it as long as it has a gradient, frozen or not.
+    for parameter in parameters:
+        if parameter is not None:
+            parameter.requires_grad_(False).grad = None
 
 
 def plain_linear(layer: Any, weight: Tensor, bias: Tensor | None = None) -> nn.Linear:

@@ -78,8 +78,8 @@ class DiffPruningLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.groups, self.elements = groups, bool(elements)
         self.initial_alpha, self.temperature, self.stretch = float(alpha), float(temperature), (float(low), float(high))
-        self.weight = freeze(weight)
-        self.register_parameter("bias", None if bias is None else freeze(bias))
+        self.weight = weight
+        self.register_parameter("bias", bias)
         dtype = dtype or torch.promote_types(weight.dtype, torch.float32)
         grouped = {"rows": (self.out_features, 1), "columns": (1, self.in_features), "tensor": (1, 1)}.get(groups or "")
         with_bias = bias is not None and train_bias
@@ -95,6 +95,7 @@ class DiffPruningLinear(nn.Module):
             empty = None if shape is None else torch.empty(shape, device=weight.device, dtype=dtype)
             self.register_parameter(name, None if empty is None else nn.Parameter(empty))
         self.reset_parameters()
+        freeze(weight, bias)  # once there is memory for all the rest
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, bias: bool = True, **options: Any) -> DiffPruningLinear:
@@ -181,7 +182,8 @@ class DiffPruningLinear(nn.Module):
                 delta.copy_(folded)
         own = [self.alpha, self.alpha_bias] if self.elements else [self.alpha_group, self.alpha_group_bias]
         for p in self._alphas():
-            freeze(p).fill_(math.inf)
+            freeze(p)
+            p.fill_(math.inf)
         first = 0
         for alpha in own:
             if alpha is not None:

@@ -62,13 +62,14 @@ class IA3Linear(nn.Module):
         self.out_features, self.in_features = weight.t().shape if fan_in_fan_out else weight.shape
         self.side, self.impl = side, impl
         self.slices = None if slices is None else check_slices("IA3Linear", slices, self.out_features)
-        self.weight = freeze(weight)
-        self.register_parameter("bias", None if bias is None else freeze(bias))
+        self.weight = weight
+        self.register_parameter("bias", bias)
         size = self.in_features if side == "input" else self.out_features
         if self.slices is not None:
             size = sum(stop - start for start, stop in self.slices)
         self.scale = nn.Parameter(torch.empty(size, device=weight.device, dtype=dtype or weight.dtype))
         self.reset_parameters()
+        freeze(weight, bias)  # once there is memory for all the rest
 
     @classmethod
     def from_linear(cls, linear: nn.Module, **options: Any) -> IA3Linear:

@@ -54,12 +54,13 @@ class LoRALinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.rank, self.dropout, self.impl = rank, float(dropout), impl
         self.alpha = float(rank if alpha is None else alpha)
-        self.weight = freeze(weight)
-        self.register_parameter("bias", None if bias is None else freeze(bias))
+        self.weight = weight
+        self.register_parameter("bias", bias)
         dtype = dtype or weight.dtype
         self.w_down = nn.Parameter(torch.empty(rank, self.in_features, device=weight.device, dtype=dtype))
         self.w_up = nn.Parameter(torch.empty(self.out_features, rank, device=weight.device, dtype=dtype))
         self.reset_parameters()
+        freeze(weight, bias)  # once there is memory for all the rest
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, rank: int, **options: Any) -> LoRALinear:

@@ -68,13 +68,14 @@ class LoRAMergedLinear(nn.Module):
         self.slices = check_slices("LoRAMergedLinear", slices, self.out_features)
         self.rank, self.dropout, self.impl = rank, float(dropout), impl
         self.alpha = float(rank if alpha is None else alpha)
-        self.weight = freeze(weight)
-        self.register_parameter("bias", None if bias is None else freeze(bias))
+        self.weight = weight
+        self.register_parameter("bias", bias)
         device, dtype = weight.device, dtype or weight.dtype
         length = sum(stop - start for start, stop in self.slices)
         self.w_down = nn.Parameter(torch.empty(rank * len(self.slices), self.in_features, device=device, dtype=dtype))
         self.w_up = nn.Parameter(torch.empty(length, rank, device=device, dtype=dtype))
         self.reset_parameters()
+        freeze(weight, bias)  # once there is memory for all the rest
 
     @classmethod
     def from_linear(

@@ -35,9 +35,7 @@ class _Projecting(nn.MultiheadAttention):
         bias, heads = attention.in_proj_bias is not None, attention.num_heads
         super().__init__(attention.embed_dim, heads, attention.dropout, bias, device="meta")
         self.batch_first, self.out_proj = attention.batch_first, attention.out_proj
-        self.in_proj_weight = freeze(attention.in_proj_weight)
-        if attention.in_proj_bias is not None:
-            self.in_proj_bias = freeze(attention.in_proj_bias)
+        self.in_proj_weight, self.in_proj_bias = attention.in_proj_weight, attention.in_proj_bias
         self.targets = tuple(t for t in TARGETS if t in targets)
         # nn.TransformerEncoderLayer has a fast path, which reads the weights past this forward unless this says no.
         self._qkv_same_embed_dim = False
@@ -146,6 +144,7 @@ class LoRAMultiheadAttention(_Projecting):
         self.w_down = nn.Parameter(torch.empty(n * rank, d, **like))
         self.w_up = nn.Parameter(torch.empty(n * d, rank, **like))
         self.reset_parameters()
+        freeze(self.in_proj_weight, self.in_proj_bias)  # once there is memory for all the rest
 
     @classmethod
     def from_attention(
@@ -242,6 +241,7 @@ class IA3MultiheadAttention(_Projecting):
         size = len(self.targets) * self.embed_dim
         self.factors = nn.Parameter(torch.empty(size, device=weight.device, dtype=dtype or weight.dtype))
         self.reset_parameters()
+        freeze(self.in_proj_weight, self.in_proj_bias)  # once there is memory for all the rest
 
     @classmethod
     def from_attention(

@@ -129,17 +129,22 @@ def tune_channels(
         kept = before if keep_trainable else []
     else:
         kept = match("tune_channels", "keep_trainable", keep_trainable, parameters)
-    flags = [(p, p.requires_grad) for p in parameters.values()]
+    flags, grads = [(p, p.requires_grad) for p in parameters.values()], [p.grad for p in parameters.values()]
     layers: dict[str, ChannelLinear] = {}
     linears: dict[str, nn.Linear] = {}
-    for linear, names in places.items():
-        channels = selection[names[0]].to(linear.weight.device)
-        layer = ChannelLinear.from_linear(linear, channels, dim=dim, bias=bias, impl=impl)
-        layers[names[0]] = layer.train(linear.training)
-        linears.update(dict.fromkeys(names, linear))
+    try:  # all that needs memory, before the model is changed
+        for linear, names in places.items():
+            channels = selection[names[0]].to(linear.weight.device)
+            layer = ChannelLinear.from_linear(linear, channels, dim=dim, bias=bias, impl=impl)
+            layers[names[0]] = layer.train(linear.training)
+            linears.update(dict.fromkeys(names, linear))
+        originals: dict[nn.Module, list[_Original]] = {layer: _originals(layer) for layer in layers.values()}
+    except BaseException:
+        for (p, flag), grad in zip(flags, grads):
+            p.requires_grad_(flag).grad = grad
+        raise
     for name, linear in linears.items():
         model.set_submodule(name, layers[places[linear][0]])
-    originals: dict[nn.Module, list[_Original]] = {layer: _originals(layer) for layer in layers.values()}
     compact = [p for layer in layers.values() for p in layer.parameters() if p.requires_grad]
     owned = {id(p) for layer in layers.values() for p in (layer.weight, layer.bias)}
     freeze_all_but(model, compact + [parameters[name] for name in kept if id(parameters[name]) not in owned])

@@ -40,16 +40,18 @@ def update(
             grad = grad / grad_scale.to(dtype)
         if maximize[i]:
             grad = -grad
-        steps[i].add_(1)
-        step = steps[i].item()
+        step = steps[i].item() + 1
         weight = weight * (1 - lr[i] * weight_decay[i])
         exp_avg = exp_avg.lerp(grad, 1 - beta1[i])
         exp_avg_sq = (exp_avg_sq * beta2[i]).addcmul(grad, grad, value=1 - beta2[i])
         denom = (exp_avg_sq.sqrt() / (1 - beta2[i] ** step) ** 0.5).add(eps[i])
         weight = weight.addcdiv(exp_avg, denom, value=-(lr[i] / (1 - beta1[i] ** step)))
+        weight = weight.to(param.dtype)
+        # From here on nothing needs memory: a tensor's step is done as a whole or not at all.
+        steps[i].add_(1)
         state_1.copy_(exp_avg)
         state_2.copy_(exp_avg_sq)
         if index is None:
             param.copy_(weight)
         else:
-            param.index_copy_(dim, index, weight.to(param.dtype))
+            param.index_copy_(dim, index, weight)

@@ -41,14 +41,17 @@ def update(
             grad = -grad
         if weight_decay[i] != 0:
             grad = grad.add(weight, alpha=weight_decay[i])
+        held = None
         if momentum[i] != 0:
             first = step.item() == 0  # and is not dampened
             held = grad if first else (buffer.to(dtype) * momentum[i]).add(grad, alpha=1 - dampening[i])
+            grad = grad.add(held, alpha=momentum[i]) if nesterov[i] else held
+        weight = weight.add(grad, alpha=-lr[i]).to(param.dtype)
+        # From here on nothing needs memory: a tensor's step is done as a whole or not at all.
+        if held is not None:
             buffer.copy_(held)
             step.add_(1)
-            grad = grad.add(held, alpha=momentum[i]) if nesterov[i] else held
-        weight = weight.add(grad, alpha=-lr[i])
         if index is None:
             param.copy_(weight)
         else:
-            param.index_copy_(dim, index, weight.to(param.dtype))
+            param.index_copy_(dim, index, weight)
