@@ -56,6 +56,8 @@ BAD = {
         "bias must have weight's dtype torch.float32, got torch.float16",
     ),
     "bias-trains": (dict(bias=t(D_OUT).requires_grad_()), ValueError, "bias must be frozen .* trains"),
+    "weight-overlaps": (dict(weight=t(1, D_IN).expand(D_OUT, -1)), ValueError, r"weight must not .* strides \(0, 1\)"),
+    "bias-overlaps": (dict(bias=t(1).expand(D_OUT)), ValueError, "bias must not overlap itself"),
     "channels-list": (dict(channels=[0, 1, 2]), TypeError, "channels must be a tensor, got list"),
     "channels-int32": (
         dict(channels=t(K, dtype=torch.int32)),

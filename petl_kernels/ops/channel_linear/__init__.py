@@ -180,7 +180,8 @@ def channel_linear(
         [..., d_out] in x's dtype. Each gradient has its input's dtype.
 
     Raises:
-        ValueError: a shape, device, channel, dim or impl that does not fit; a weight or bias that is not frozen.
+        ValueError: a shape, device, channel, dim or impl that does not fit; a weight or bias that is not frozen, or
+            that is expanded.
         TypeError: not a tensor, not floating point, or dtypes that do not mix.
         RuntimeError: `impl` was asked for and cannot run this call; the message says why. Forward-mode AD and double
             backward, which only `impl="reference"` computes.

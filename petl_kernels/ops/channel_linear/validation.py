@@ -16,6 +16,10 @@ def _check_frozen(name: str, value: Tensor) -> None:
         raise ValueError(
             f"{_OP}: {name} must be frozen (requires_grad=False), it is written in place; got one that trains"
         )
+    if any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape)):
+        raise ValueError(
+            f"{_OP}: {name} must not overlap itself, it is written in place; got strides {value.stride()}, expanded"
+        )
 
 
 def _check_bias(x: Tensor, weight: Tensor, bias: Any) -> None:
