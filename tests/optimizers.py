@@ -144,10 +144,10 @@ class Trio:
         self.exact = torchs([e.exact for e in entries], **options, foreach=False)
         self.generator = torch.Generator().manual_seed(3)
 
-    def step(self, count: int = 1) -> None:
+    def step(self, count: int = 1, scale: float = 1.0) -> None:
         for _ in range(count):
             for e in self.entries:
-                e.set_grad(self.generator)
+                e.set_grad(self.generator, scale)
             for optimizer in (self.ours, self.eager, self.exact):
                 optimizer.step()
 
@@ -166,8 +166,8 @@ class Trio:
             found.append(Outcome(joined.pop("output"), joined))
         return found[0], found[1], found[2]
 
-    def failures(self) -> list[str]:
+    def failures(self, change: Callable[..., Any] = lambda *outcomes: outcomes) -> list[str]:
         """What breaks the rule. A few elements are no sample of eager's error: small entries are judged together."""
         large = [e for e in self.entries if e.eager.numel() >= 32]
         groups = [[e] for e in large] + [[*large[:1], *(e for e in self.entries if e.eager.numel() < 32)]]
-        return [f"{[list(e.param.shape) for e in g]}: {f}" for g in groups for f in judge(*self.outcomes(*g))]
+        return [f"{[list(e.param.shape) for e in g]}: {f}" for g in groups for f in judge(*change(*self.outcomes(*g)))]

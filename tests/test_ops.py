@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from fuzzing import samples
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from table import (
@@ -98,13 +99,9 @@ def test_autocast(case, impl):
 
 @st.composite
 def random_calls(draw: Any) -> tuple[Case, dict[str, Any], torch.dtype, int]:
-    """A sample of the table with its sizes redrawn: any int from the smallest the table has, up to 128, the widest
-    bottleneck of Triton's adapters with a norm."""
+    """A sample of any op with its sizes redrawn, for all implementations."""
     case = draw(st.sampled_from(CASES))
-    sample = dict(draw(st.sampled_from(case.samples)))
-    for key, value in sample.items():
-        if type(value) is int:
-            sample[key] = draw(st.integers(min(s.get(key, value) for s in case.samples), 128))
+    sample = draw(samples(case))
     dtype = draw(st.sampled_from((torch.float32, *LOW)))
     return case, sample, dtype, draw(st.integers(0, 2**16))
 

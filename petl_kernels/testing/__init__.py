@@ -16,6 +16,7 @@ from petl_kernels.testing import (
     norm_adapter,
 )
 from petl_kernels.testing._case import (
+    DRAWS,
     Case,
     Error,
     Inputs,
@@ -46,6 +47,7 @@ CASES = [
 
 __all__ = [
     "CASES",
+    "DRAWS",
     "Case",
     "Error",
     "Inputs",

@@ -136,11 +136,12 @@ class Error:
 def errors(ours: Outcome, eager: Outcome, exact: Outcome) -> list[Error]:
     """The error of every tensor that has elements."""
     found = []
-    coarsest = torch.finfo(eager.output.dtype).eps
+    coarsest = torch.finfo(eager.output.dtype)
     for (name, got), (_, same_dtype), (_, true) in zip(ours.items(), eager.items(), exact.items(), strict=True):
         if true.numel():
             largest, ulps = true.abs().max().item(), 64 if got.dtype == torch.float64 else 1
-            floor = ulps * max(torch.finfo(got.dtype).eps, coarsest) * largest
+            own = torch.finfo(got.dtype)  # below the smallest normal number units in the last place stay as large
+            floor = ulps * max(own.eps, coarsest.eps) * max(largest, own.tiny, coarsest.tiny)
             found.append(Error(name, _error(got, true), _error(same_dtype, true), floor, largest))
     return found
 
