@@ -16,7 +16,7 @@ SANITIZER ?= compute-sanitizer
 # Of a checkout that may not be installed there; cmake and ninja are beside the interpreter.
 ON_GPU := PYTHONPATH=$(CURDIR) PATH="$(abspath $(dir $(GPU_PYTHON))):$$PATH"
 
-.PHONY: demo two-stage test lint test-cpp test-tsan test-python test-integrations resources bench clean
+.PHONY: demo two-stage test lint test-cpp test-tsan test-python fuzz soak test-integrations resources bench clean
 .PHONY: gpu build-gpu test-gpu sanitize bench-gpu crossover
 
 demo: $(READY)
@@ -46,6 +46,16 @@ test-tsan: $(READY)
 	  -DPETL_TESTS=ON -DPETL_SANITIZE=thread -DPETL_PYTHON=OFF -DPETL_CUDA=0
 	$(BIN)/cmake --build build/tsan
 	$(BIN)/ctest --test-dir build/tsan --parallel 2 --output-on-failure
+
+# Random calls of every op against float64, for so many minutes (OPS='layer_norm adamw' for some ops), and 10,000 training
+# steps in flat memory; no part of `make test`, which does both in short.
+MINUTES ?= 10
+OPS ?=
+fuzz: $(READY)
+	$(BIN)/python tests/fuzz.py --minutes $(MINUTES) $(OPS:%=--op %)
+
+soak: $(READY)
+	$(BIN)/python tests/soak.py
 
 test-python: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not resources and not distributed'
