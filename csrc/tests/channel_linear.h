@@ -18,7 +18,10 @@ inline GradientCase gradient_case(const GradientSizes& s, DType picked_dtype, DT
                                   bool gather) {
   std::mt19937 rng(static_cast<unsigned>(s.n * 31 + s.k * 7 + s.d));
   const int64_t width = gather ? 2 * s.k + 1 : s.k;
-  GradientCase c{{rng, s.n, width, picked_dtype, s.gap}, {rng, s.n, s.d, dense_dtype, s.gap}, choose(rng, s.k, width),
+  // Operands of two dtypes are multiplied in float: one of floats holds what no 16 bits do.
+  const auto offset = [&](DType dtype) { return picked_dtype != dense_dtype && dtype == DType::kFloat32 ? 1.0 / 4096 : 0; };
+  GradientCase c{{rng, s.n, width, picked_dtype, s.gap, offset(picked_dtype)},
+                 {rng, s.n, s.d, dense_dtype, s.gap, offset(dense_dtype)}, choose(rng, s.k, width),
                  Values(static_cast<size_t>(s.k * s.d)), Values(static_cast<size_t>(s.k))};
   for (int64_t i = 0; i < s.n; ++i) {
     for (int64_t j = 0; j < s.k; ++j) {

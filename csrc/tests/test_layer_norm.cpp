@@ -8,7 +8,7 @@ struct Sizes {
   int64_t n, d, gap;
 };
 
-void run(const std::string& isa, Sizes s, DType dtype, double offset, int threads, double tolerance) {
+void run(const std::string& isa, Sizes s, DType dtype, double offset, int threads, double tolerance, double of_backward) {
   std::mt19937 rng(static_cast<unsigned>(s.n * 31 + s.d));
   const int64_t n = s.n, d = s.d;
   const double eps = 1e-3;
@@ -18,13 +18,14 @@ void run(const std::string& isa, Sizes s, DType dtype, double offset, int thread
   Values y(all), dx(all), dweight(row), dbias(row), means(static_cast<size_t>(n)), rstds(static_cast<size_t>(n));
   for (int64_t i = 0; i < n; ++i) {
     double mean = 0, variance = 0, offset_g = 0, slope = 0;
-    for (int64_t c = 0; c < d; ++c) mean += x(i, c);
+    // Less the offset, whose mean a double would round as the kernel does.
+    for (int64_t c = 0; c < d; ++c) mean += x(i, c) - offset;
     mean /= static_cast<double>(d);
-    for (int64_t c = 0; c < d; ++c) variance += (x(i, c) - mean) * (x(i, c) - mean);
+    for (int64_t c = 0; c < d; ++c) variance += (x(i, c) - offset - mean) * (x(i, c) - offset - mean);
     const double rstd = 1 / std::sqrt(variance / static_cast<double>(d) + eps);
     for (int64_t c = 0; c < d; ++c) {
       const size_t k = static_cast<size_t>(c);
-      const double normal = (x(i, c) - mean) * rstd;
+      const double normal = (x(i, c) - offset - mean) * rstd;
       y[static_cast<size_t>(i) * row + k] = normal * weight(0, c) + bias(0, c);
       dweight[k] += g(i, c) * normal;
       dbias[k] += g(i, c);
@@ -32,10 +33,10 @@ void run(const std::string& isa, Sizes s, DType dtype, double offset, int thread
       slope += g(i, c) * weight(0, c) * normal / static_cast<double>(d);
     }
     for (int64_t c = 0; c < d; ++c) {
-      const double normal = (x(i, c) - mean) * rstd, gw = g(i, c) * weight(0, c);
+      const double normal = (x(i, c) - offset - mean) * rstd, gw = g(i, c) * weight(0, c);
       dx[static_cast<size_t>(i * d + c)] = rstd * (gw - offset_g - normal * slope);
     }
-    means[static_cast<size_t>(i)] = mean;
+    means[static_cast<size_t>(i)] = mean + offset;
     rstds[static_cast<size_t>(i)] = rstd;
   }
 
@@ -55,22 +56,22 @@ void run(const std::string& isa, Sizes s, DType dtype, double offset, int thread
                                    normalised ? got_rstd.rows() : none, weight.rows(),
                                    needs & 1 ? got_dx.rows() : none, needs & 2 ? got_dweight.rows() : none,
                                    needs & 4 ? got_dbias.rows() : none, threads});
-    if (needs & 1) compare(name + "dx", got_dx, dx, tolerance, 1);
-    if (needs & 2) compare(name + "dweight", got_dweight, dweight, tolerance, 1);
-    if (needs & 4) compare(name + "dbias", got_dbias, dbias, tolerance, 1);
+    if (needs & 1) compare(name + "dx", got_dx, dx, of_backward, 1);
+    if (needs & 2) compare(name + "dweight", got_dweight, dweight, of_backward, 1);
+    if (needs & 4) compare(name + "dbias", got_dbias, dbias, of_backward, 1);
   }
 }
 
 }  // namespace
 
 int main() {
-  const Sizes sizes[] = {{1, 1, 0}, {3, 2, 0}, {5, 16, 0}, {9, 33, 7}, {40, 100, 3}, {17, 768, 0}, {300, 130, 0}};
+  const Sizes sizes[] = {{1, 1, 0}, {3, 2, 0}, {5, 16, 0}, {9, 33, 7}, {40, 100, 3}, {17, 768, 0}, {300, 260, 0}};
   return in_every_isa([&](const std::string& isa) {
     for (const Sizes& s : sizes) {
       for (int threads : {1, 3}) {
-        run(isa, s, DType::kFloat32, 0.25, threads, 2e-6);
-        run(isa, s, DType::kFloat64, 0.25, threads, 1e-14);
-        run(isa, s, DType::kFloat64, 1e6, threads, 1e-9);
+        run(isa, s, DType::kFloat32, 0.25, threads, 2e-6, 2e-6);
+        run(isa, s, DType::kFloat64, 0.25, threads, 1e-14, 1e-14);
+        run(isa, s, DType::kFloat64, 1e6, threads, 1e-13, 1e-9);  // the mean that is saved is rounded
       }
     }
   });
