@@ -1,6 +1,6 @@
 """The adapter's kernels for sm_90a from Python: which calls they take and, where there is such a GPU, what they return.
 
-What they compute, csrc/tests/test_cuda_bottleneck_adapter.cpp shows on an emulated one.
+What they compute, csrc/tests/test_cuda_adapter_sm90.cpp shows on an emulated one.
 """
 
 from __future__ import annotations

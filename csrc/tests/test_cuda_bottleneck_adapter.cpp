@@ -1,46 +1,16 @@
 // The CUDA kernels of the bottleneck adapter, their sources run on the emulator, against plain loops in double.
 #define PETL_EMULATE
-#include "bottleneck_adapter.h"
+#include "testing.h"
 
-#include "../cuda/adapter_sm90.cu"
 #include "../cuda/bottleneck_adapter.cu"
+#include "cuda_bottleneck_adapter.h"
 
 namespace {
 
-using petl::cuda::Launch;
-using petl::cuda::emulator::machine;
-
-struct Options : AdapterOptions {
-  bool fast = false, sm90 = false;
-  int processors = 2;
-  int64_t shared_bytes = 99 * 1024;  // what sm_86 and sm_120 have; the least of all
-};
-
-Options options(DType dtype, DType weights, Activation activation = Activation::kGelu, int64_t scale_size = 0) {
-  Options o;
-  o.dtype = dtype, o.weights = weights, o.activation = activation, o.scale_size = scale_size;
-  o.alpha = 0.25;  // weights of the size that training begins with, so that activations are neither flat nor the identity
-  return o;
-}
-
-// Returns the bits of the weights' gradients.
-std::vector<unsigned char> run(const AdapterSizes& s, const Options& o) {
-  AdapterCase call(s, o);
-  const Launch launch{0, nullptr, o.processors, o.shared_bytes, o.fast};
-  machine.counters = {};
-  (o.sm90 ? petl::cuda::bottleneck_forward_sm90 : petl::cuda::bottleneck_forward)(call.forward(0), launch);
-  const int64_t forward_launches = machine.counters.launches;
-  const BottleneckBackward back = call.backward(0);
-  const auto needed = o.sm90 ? petl::cuda::bottleneck_workspace_sm90 : petl::cuda::bottleneck_workspace;
-  std::vector<unsigned char> workspace(static_cast<size_t>(needed(back, launch)), 0xff);
-  (o.sm90 ? petl::cuda::bottleneck_backward_sm90 : petl::cuda::bottleneck_backward)(back, launch, workspace.data());
-
-  // The gradient of a scalar is what remains of thousands of products, each of factors that were rounded, of either sign.
-  // Of a softmax dz is the difference of terms that were rounded.
-  call.check("", (o.fast ? 2e-3 : tolerance(o.dtype)) * (o.activation == Activation::kSoftmax ? 2 : 1), 4);
-  expect(forward_launches == 1 && machine.counters.launches <= (o.sm90 ? 2 : 4), call.name() + "launches");
-  expect(machine.counters.collisions == 0, text(call.name(), "bank conflicts: ", machine.counters.collisions));
-  return call.weight_gradients();
+void run(const AdapterSizes& s, const DeviceOptions& o) {
+  const DeviceAdapter adapter{petl::cuda::bottleneck_forward, petl::cuda::bottleneck_workspace,
+                              petl::cuda::bottleneck_backward, 4};
+  run_adapter(adapter, s, o);
 }
 
 // Dropout of ones, and nothing else: the bits of the CPU kernel. Where rows need more than 34 bits, those of the generator.
@@ -69,44 +39,14 @@ void run_masks(int64_t n, int64_t r, double p) {
 }
 
 // Dropout, softmax and gate, one by one and together.
-void run_modified(AdapterSizes s, Options o) {
+void run_modified(AdapterSizes s, DeviceOptions o) {
   const auto with = [&](double dropout, bool gated, bool softmax) {
-    Options some(o);
+    DeviceOptions some(o);
     some.dropout = dropout, some.gated = gated;
     if (softmax) some.activation = Activation::kSoftmax;
     run(s, some);
   };
   with(0.3, false, false), with(0, true, false), with(0, false, true), with(0.6, true, true);
-}
-
-// wgmma and TMA, to which rows must be on 16 bytes.
-void on_sm90(DType brain, DType half) {
-  const auto hopper = [](DType dtype, DType weights, Activation activation, int64_t scale_size, int processors) {
-    Options o = options(dtype, weights, activation, scale_size);
-    o.sm90 = true, o.shared_bytes = 227 * 1024, o.processors = processors;
-    return o;
-  };
-  // One cluster with more tiles than its ring has places; five and three, whose tree is lopsided; other residuals.
-  run({1, 8, 8, 8, 0}, hopper(half, half, Activation::kGelu, 0, 132));
-  run({270, 136, 64, 136, 0}, hopper(brain, brain, Activation::kGelu, 1, 2));
-  const Options same = hopper(half, half, Activation::kTanh, 200, 10);
-  const auto bits = run({270, 200, 24, 200, 8}, same);
-  machine.last_first = true;  // other clusters are the later ones: not a bit changes
-  expect(run({270, 200, 24, 200, 8}, same) == bits, "the order of clusters shows");
-  machine.last_first = false;
-  for (const bool wide : {false, true}) {
-    Options other = hopper(brain, brain, Activation::kSilu, wide ? 328 : 1, 132);
-    other.sequential = false;
-    run(wide ? AdapterSizes{130, 72, 16, 328, 8} : AdapterSizes{130, 264, 40, 72, 0}, other);
-  }
-  Options small = hopper(brain, brain, Activation::kGelu, 0, 132);
-  small.shared_bytes = 48 * 1024;  // two stages
-  run({66, 136, 32, 136, 0}, small);
-  for (const char* only : {"dx", "dw_down", "db_down", "dw_up", "db_up", "dscale", "nothing"}) {
-    Options some = hopper(half, half, Activation::kGelu, only[2] == 'c' ? 72 : 1, 132);
-    some.only = only;
-    run({130, 72, 8, 72, 0}, some);
-  }
 }
 
 }  // namespace
@@ -119,19 +59,19 @@ int main() {
     for (const DType dtype : {kSingle, kBrain, kHalf}) run(s, options(dtype, dtype));
   }
   for (const DType weights : {kSingle, kHalf}) {  // converted as they are loaded
-    Options mixed = options(kBrain, weights, Activation::kSilu, 1);
+    DeviceOptions mixed = options(kBrain, weights, Activation::kSilu, 1);
     mixed.sequential = false;
     run({45, 72, 20, 56, 1}, mixed);
   }
   for (int a = 0; a <= static_cast<int>(Activation::kIdentity); ++a) {
     run({35, 40, 12, 40, 0}, options(kSingle, kSingle, static_cast<Activation>(a), a % 2 ? 1 : 40));
   }
-  Options fast = options(kSingle, kSingle);
+  DeviceOptions fast = options(kSingle, kSingle);
   fast.fast = true;
   run({35, 72, 40, 72, 0}, fast);
   for (const DType dtype : {kSingle, kBrain}) {  // wide bottlenecks; rows that stay and that do not fit
     run({70, 136, 224, 136, 0}, options(dtype, dtype, Activation::kGelu, 136));
-    Options large = options(dtype, dtype);
+    DeviceOptions large = options(dtype, dtype);
     large.shared_bytes = 227 * 1024;
     run({129, 776, 65, 776, 0}, large);
     large.shared_bytes = 48 * 1024;
@@ -139,7 +79,7 @@ int main() {
   }
   for (const char* only : {"dx", "dw_down", "db_down", "dw_up", "db_up", "dscale", "dgate", "nothing"}) {
     for (const int64_t scale_size : {1, 72}) {
-      Options some = options(kBrain, kSingle, Activation::kTanh, scale_size);
+      DeviceOptions some = options(kBrain, kSingle, Activation::kTanh, scale_size);
       some.only = only, some.gated = std::string(only) == "dgate";
       run({37, 72, 12, 72, 0}, some);
       some.gated = true, some.dropout = 0.25;
@@ -152,10 +92,9 @@ int main() {
     run_modified({33, 64, 16, 64, 0}, options(kHalf, kHalf, Activation::kSilu, scale_size));
   }
   run_modified({130, 97, 33, 97, 3}, options(kSingle, kSingle, Activation::kTanh, 97));  // blocks of 64 rows
-  Options parallel = options(kBrain, kSingle, Activation::kRelu, 56);
+  DeviceOptions parallel = options(kBrain, kSingle, Activation::kRelu, 56);
   parallel.sequential = false;
   run_modified({66, 72, 70, 56, 1}, parallel);
   for (const DType dtype : {kSingle, kHalf}) run_modified({37, 40, 224, 40, 0}, options(dtype, dtype, Activation::kGelu, 1));
-  on_sm90(kBrain, kHalf);
   return finish();
 }
