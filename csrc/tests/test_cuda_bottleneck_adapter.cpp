@@ -58,6 +58,9 @@ int main() {
   for (const AdapterSizes& s : sizes) {
     for (const DType dtype : {kSingle, kBrain, kHalf}) run(s, options(dtype, dtype));
   }
+  DeviceOptions grouped = options(kSingle, kSingle, Activation::kGelu, 1);
+  grouped.processors = 4;  // three groups of rows, whose sums of the weights' gradients are added up
+  run({200, 24, 8, 24, 0}, grouped);
   for (const DType weights : {kSingle, kHalf}) {  // converted as they are loaded
     DeviceOptions mixed = options(kBrain, weights, Activation::kSilu, 1);
     mixed.sequential = false;
