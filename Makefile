@@ -1,6 +1,7 @@
 # make demo: fine-tune a real model, eager and fused.  make two-stage: six methods on four tasks, and on digits (STEPS=5
 # for a smoke run of either).  make test: everything that must pass.  make resources: the Triton kernels compiled for every
 # GPU target, not just one.  make test-integrations: `fuse` in two environments whose libraries cannot share one.
+# make mutations: whether the tests notice broken kernels (tests/README.md).
 # make gpu: build, test, sanitise and benchmark on a GPU, and write the result files.  Each makes .venv and installs what
 # it needs; `make gpu GPU_PYTHON=python3` takes an environment as it is and installs nothing (CONTRIBUTING.md).
 PYTHON ?= python3
@@ -68,6 +69,12 @@ resources: $(READY)
 test-integrations: $(READY) $(PEFT)/.ready
 	$(BIN)/python -m pytest -n 2 tests/test_fuse*.py
 	$(PEFT)/bin/python -m pytest -n 2 tests/test_fuse_peft*.py tests/test_fuse_patterns.py
+
+# Kernels broken in a copy of the tree: those of KERNELS (cpp/layer_norm, or cpp), all without; ALL=1 where results still hold too.
+KERNELS ?=
+.PHONY: mutations
+mutations: $(READY)
+	PYTHONPATH=tests $(BIN)/python -m mutations $(addprefix --kernel ,$(KERNELS)) $(if $(ALL),--all)
 
 OTHER := .venv-versions
 TORCH ?= 2.9.*

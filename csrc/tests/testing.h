@@ -29,6 +29,7 @@ std::string text(const Parts&... parts) {
 inline void expect(bool right, const std::string& what) {
   if (right) return;
   std::printf("FAIL %s\n", what.c_str());
+  std::fflush(stdout);
   ++failures;
 }
 
