@@ -9,6 +9,7 @@ came closest: the next run begins with them. What was a bug belongs into `FOUND`
 
 from __future__ import annotations
 
+import random
 import shlex
 import sys
 import time
@@ -66,16 +67,22 @@ class Target:
             found = drawn.failures(shares.append)
         except Exception as error:
             if not isinstance(error, (ValueError, TypeError)) or not str(error).startswith(f"{self.name}: "):
-                self.broken = drawn
+                self.fail(drawn)
                 raise
             self.refused += 1
             return
         if found:
-            self.broken = drawn  # the last one is the shrunk one, which Hypothesis runs again at the end
+            self.fail(drawn)
             raise AssertionError("; ".join(found))
         for share in shares:
             target(share)
             self.closest = max(self.closest, share)
+
+    def fail(self, drawn: Call | Step) -> None:
+        """Keep a call that failed. The last one is the shrunk one, which Hypothesis runs again at the end."""
+        if self.broken is None:  # now, since shrinking takes its time
+            console.print(f"found, to be shrunk:\n{repeat(drawn)}", markup=False, highlight=False)
+        self.broken = drawn
 
     def round(self) -> None:
         """Some calls; the corpus comes first."""
@@ -113,7 +120,7 @@ def fuzz(
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=None)
         while time.monotonic() < until and (whole := [t for t in targets if t.broken is None]):
-            for each in whole:
+            for each in random.sample(whole, len(whole)):  # or a short run would never come to the last
                 if time.monotonic() < until:
                     progress.update(task, description=f"{sum(t.calls for t in targets)} calls, now {each.name}")
                     each.round()
