@@ -67,8 +67,10 @@ def test_a_task_that_does_not_exist_makes_nan_of_its_sample_alone(wrong, monkeyp
 @interpreted
 @pytest.mark.parametrize("per", ["sample", "token"])
 def test_several_pieces_of_a_task(per, monkeypatch):
-    """Pieces of 64 rows where tasks have some hundred of them; and samples beyond one axis of the grid."""
+    """Pieces of 64 rows where tasks have hundreds of them, more than are summed at once; and samples beyond one axis of
+    the grid.
+    """
     monkeypatch.setattr(_triton, "device_of", lambda device: _triton.Device(1 << 20, 32))
     monkeypatch.setattr(implementation, "_GRID_AXIS", 4)
-    call = CASE.inputs(dict(n=9, d=32, r=4, tasks=2, tokens=(70,) if per == "sample" else (20,), per=per))
+    call = CASE.inputs(dict(n=9, d=32, r=4, tasks=2, tokens=(140,) if per == "sample" else (20,), per=per))
     assert check(CASE, call, impl="triton") == []
