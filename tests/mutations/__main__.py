@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 from typing import Annotated
@@ -35,7 +36,7 @@ def _try(workshop: Workshop, kernel: tables.Kernel, mutations: list[tables.Mutat
     """Try these mutations of a kernel; those that nothing caught or that do not compile."""
     print(f"{kernel.name}: {len(mutations)} mutations", flush=True)
     survived = []
-    passing: set[str] = set()  # without a mutation, of the steps that something failed
+    passing: set[str] = set()  # without a mutation, of what failed with one
     for mutation in mutations:
         begun = time.monotonic()
         try:
@@ -47,10 +48,11 @@ def _try(workshop: Workshop, kernel: tables.Kernel, mutations: list[tables.Mutat
             print(f"  {mutation.name}: does not compile", flush=True)
             continue
         seconds = time.monotonic() - begun
-        if step and step not in passing:
-            if (failing := workshop.failing(kernel, step)) is not None:
+        if step:
+            test = shlex.quote(f"tests/{caught_by}") if "::" in (caught_by or "") else step
+            if test not in passing and (failing := workshop.failing(kernel, test)) is not None:
                 raise SystemExit(f"{kernel.name}: {failing} fails without a mutation")
-            passing.add(step)
+            passing.add(test)
         tables.record(kernel, mutation, caught_by, seconds)
         if caught_by is None:
             survived.append(f"{kernel.name}: {mutation.name}")

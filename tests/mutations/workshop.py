@@ -178,7 +178,7 @@ class Workshop:
         process.kill()
         if status > 1 or WRONG.search(output.read_text()):  # nothing could be imported or collected, or the like
             raise Invalid(output.read_text())
-        found = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(\S+)", output.read_text(), re.M)
+        found = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(.+?)(?: - .*)?$", output.read_text(), re.M)
         return None if not status else found[1] if found else f"{tests}: {_how_it_ended(status)}"
 
     def link(self, kernel: Kernel, target: str) -> None:
