@@ -16,10 +16,9 @@ def table() -> str:
         for i, (name, entry) in enumerate(found.items()):
             caught = f"`{entry['caught_by']}`" if entry["caught_by"] else "**nothing**"
             rows.append(("" if i else kernel, name, caught.replace("|", "\\|")))
+    of_all = sum(len(kernel.mutations) for kernel in tables.kernels())
     caught, minutes = sum(bool(e["caught_by"]) for e in entries), sum(e["seconds"] for e in entries) / 60
-    summary = (
-        f"{len(entries)} mutations of {len(tables.results())} kernels, {caught} caught, in {minutes:.0f} minutes.\n"
-    )
+    summary = f"{of_all} mutations, {len(entries)} of them tried: {caught} caught, in {minutes:.0f} minutes.\n"
     return "\n".join([summary, *(f"| {' | '.join(row)} |" for row in rows), ""])
 
 
