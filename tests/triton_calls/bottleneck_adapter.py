@@ -7,7 +7,7 @@ than full, and of activations, the heaviest stand for the rest.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -16,46 +16,73 @@ from petl_kernels.ops.bottleneck_adapter import triton as implementation
 KERNELS = 4
 
 
+_BF16, _FP32 = torch.bfloat16, torch.float32
+_FULL = 1 << 16
+
+# (activation, (n, d, r), dtype, parameters' dtype, float32 precision)
+_Setting = tuple[str, tuple[int, int, int], torch.dtype, torch.dtype, str]
+
+
 def calls() -> Iterator[str]:
     """Make each call after yielding the float32 precision it is made in."""
-    for activation, size, dtype, parameters, precision in _settings():
+    yield from _each(_plain(16, 64, 512))
+    yield from _each(
+        [
+            ("gelu", (5000, 1024, 64), _BF16, _FP32, "ieee"),
+            ("gelu", (512, 1024, 64), _BF16, _FP32, "ieee"),
+            ("gelu", (512, 1024, 64), _FP32, _FP32, "ieee"),
+            ("gelu", (_FULL, 768, 64), _BF16, _BF16, "ieee"),
+            ("gelu", (_FULL, 512, 64), _FP32, _FP32, "tf32"),
+            ("gelu_tanh", (_FULL, 768, 64), _BF16, _FP32, "ieee"),
+            ("gelu", (_FULL, 8192, 64), _BF16, _FP32, "ieee"),
+            ("gelu", (1000, 1000, 100), _BF16, _FP32, "ieee"),
+            *_softmax(64),
+        ]
+    )
+    yield from _modified("gelu", 1024, 64, _BF16, dropout=True)
+    yield from _modified("softmax", 768, 64, _BF16, dropout=False)
+
+
+def others() -> Iterator[str]:
+    """Bottlenecks between those, and the widest where it takes what r = 64 takes and longer to compile."""
+    yield from _each(_plain(32, 128, 256))
+    yield from _each(
+        [
+            ("gelu", (5000, 1024, 512), _BF16, _FP32, "ieee"),
+            ("gelu", (512, 1024, 512), _BF16, _FP32, "ieee"),
+            ("gelu", (512, 1024, 512), _FP32, _FP32, "ieee"),
+            *_softmax(512),
+        ]
+    )
+    yield from _modified("softmax", 768, 512, _BF16, dropout=False)
+    yield from _modified("softmax", 512, 32, _FP32, dropout=False)
+
+
+def _plain(*ranks: int) -> Iterator[_Setting]:
+    for r in ranks:
+        yield "gelu", (_FULL, 768, r), _BF16, _FP32, "ieee"
+        yield "gelu", (_FULL, 512, r), _FP32, _FP32, "ieee"
+
+
+def _softmax(r: int) -> Iterator[_Setting]:
+    """Softmax stands for dropout and gate too, which the others go without."""
+    yield "softmax", (_FULL, 768, r), _BF16, _FP32, "ieee"
+    yield "softmax", (_FULL, 512, r), _FP32, _FP32, "ieee"
+
+
+def _each(settings: Iterable[_Setting]) -> Iterator[str]:
+    for activation, size, dtype, parameters, precision in settings:
         yield precision
-        modified = activation == "softmax"
-        _call(activation, size, dtype, parameters, gate=modified, dropout=modified)
-    for activation, size, dtype, dropout in _MODIFIED:
-        yield "ieee"
-        _call(activation, size, dtype, torch.float32, gate=True, dropout=dropout)
+        everything = activation == "softmax"
+        _call(activation, size, dtype, parameters, gate=everything, dropout=everything)
 
 
-# One modification less can take more registers than all three: with larger tiles some of these spill where those with
-# everything do not.
-_MODIFIED = (
-    ("gelu", (1 << 16, 1024, 64), torch.bfloat16, True),
-    ("softmax", (1 << 16, 768, 64), torch.bfloat16, False),
-    ("softmax", (1 << 16, 768, 512), torch.bfloat16, False),
-    ("softmax", (1 << 16, 512, 32), torch.float32, False),
-)
-
-
-def _settings() -> Iterator[tuple[str, tuple[int, int, int], torch.dtype, torch.dtype, str]]:
-    """(activation, (n, d, r), dtype, parameters' dtype, float32 precision)."""
-    bf16, fp32 = torch.bfloat16, torch.float32
-    full = 1 << 16
-    for r in (16, 32, 64, 128, 256, 512):
-        yield "gelu", (full, 768, r), bf16, fp32, "ieee"
-        yield "gelu", (full, 512, r), fp32, fp32, "ieee"
-    for r in (64, 512):
-        yield "gelu", (5000, 1024, r), bf16, fp32, "ieee"
-        yield "gelu", (512, 1024, r), bf16, fp32, "ieee"
-        yield "gelu", (512, 1024, r), fp32, fp32, "ieee"
-    yield "gelu", (full, 768, 64), bf16, bf16, "ieee"
-    yield "gelu", (full, 512, 64), fp32, fp32, "tf32"
-    yield "gelu_tanh", (full, 768, 64), bf16, fp32, "ieee"
-    yield "gelu", (full, 8192, 64), bf16, fp32, "ieee"
-    yield "gelu", (1000, 1000, 100), bf16, fp32, "ieee"
-    for r in (64, 512):  # softmax stands for dropout and gate too, which the others go without
-        yield "softmax", (full, 768, r), bf16, fp32, "ieee"
-        yield "softmax", (full, 512, r), fp32, fp32, "ieee"
+def _modified(activation: str, d: int, r: int, dtype: torch.dtype, dropout: bool) -> Iterator[str]:
+    """One modification less can take more registers than all three: with larger tiles some of these spill where those
+    with everything do not.
+    """
+    yield "ieee"
+    _call(activation, (_FULL, d, r), dtype, _FP32, gate=True, dropout=dropout)
 
 
 def _call(
