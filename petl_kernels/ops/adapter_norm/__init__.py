@@ -15,7 +15,7 @@ from petl_kernels.ops._refuse import differentiable_once
 from petl_kernels.ops._validate import autocast, autocast_enabled
 from petl_kernels.ops.adapter_norm.reference import adapter_norm as reference
 from petl_kernels.ops.adapter_norm.validation import validate
-from petl_kernels.ops.bottleneck_adapter import FAST_BF16
+from petl_kernels.ops.bottleneck_adapter import fastest_on_cpus
 
 __all__ = ["adapter_norm"]
 
@@ -72,17 +72,12 @@ def _fake_backward(
     return dx, dresidual, *new_gradients(parameters, needs[2:], z)
 
 
-def _preference(x: Tensor, *_: Any) -> tuple[str, ...]:
-    # From benchmarks/results. These kernels use no bfloat16 instructions.
-    return () if x.dtype == torch.bfloat16 and FAST_BF16 else ("cpp",)
-
-
 def _sizes(x: Tensor, residual: Any, hidden: Any, w_down: Tensor, *_: Any) -> tuple[int, ...]:
     r, d = w_down.shape
     return x.numel() // d, d, r
 
 
-OP = Op(__name__, impls=("cpp", "triton", "cuda"), preference=_preference, sizes=_sizes)
+OP = Op(__name__, impls=("cpp", "triton", "cuda"), preference=fastest_on_cpus, sizes=_sizes)
 
 # `hidden` is None where x itself is the term of the sum; the terms have the dtype of y, x its own. `scale` and `alpha`
 # are the tensor and the float form of the scale. z is the pre-activation [..., r] in x's dtype, mean and rstd are

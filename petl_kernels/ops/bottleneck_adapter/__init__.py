@@ -30,18 +30,10 @@ def _fake_backward(g, x, z, w_down, b_down, w_up, b_up, scale, gate, seed, dropo
     return dx, *new_gradients((w_down, b_down, w_up, b_up, scale, gate), needs[1:], z)
 
 
-# Where torch's matmul uses bfloat16 instructions.
-FAST_BF16 = torch.backends.cpu.get_cpu_capability() == "AVX512" and (
-    torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-)
-
-
-def _preference(x: Tensor, *_: Any) -> tuple[str, ...]:
-    # From benchmarks/results. Recorded before our kernels used AVX512-BF16: eager was 1.0-1.3x faster at five of
-    # the six shapes.
-    if x.dtype == torch.bfloat16 and FAST_BF16:
-        return ()
-    return ("cpp",)
+def fastest_on_cpus(x: Tensor, *_: Any) -> tuple[str, ...]:
+    """What "auto" takes of the ops that have a bottleneck, from benchmarks/results."""
+    # Not recorded: where torch multiplies bfloat16 in AMX tiles, which these kernels do not use.
+    return () if x.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() else ("cpp",)
 
 
 def _sizes(x: Tensor, w_down: Tensor, *_: Any) -> tuple[int, ...]:
@@ -49,7 +41,7 @@ def _sizes(x: Tensor, w_down: Tensor, *_: Any) -> tuple[int, ...]:
     return x.numel() // d, d, r
 
 
-OP = Op(__name__, impls=("cpp", "triton", "cuda", "cuda_sm90"), preference=_preference, sizes=_sizes)
+OP = Op(__name__, impls=("cpp", "triton", "cuda", "cuda_sm90"), preference=fastest_on_cpus, sizes=_sizes)
 
 # `scale` and `alpha` are the tensor and the float form of the scale, the float being 1.0 beside a tensor. The gate is
 # [..., 1]. `seed` is there if and only if something is dropped. z is the pre-activation [..., r] in x's dtype, of a

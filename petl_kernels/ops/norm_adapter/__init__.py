@@ -13,7 +13,7 @@ from petl_kernels.ops._gradients import new_gradients
 from petl_kernels.ops._op import REFERENCE, Op
 from petl_kernels.ops._refuse import differentiable_once
 from petl_kernels.ops._validate import autocast_enabled
-from petl_kernels.ops.adapter_norm import _preference
+from petl_kernels.ops.bottleneck_adapter import fastest_on_cpus
 from petl_kernels.ops.norm_adapter.reference import norm_adapter as reference
 from petl_kernels.ops.norm_adapter.validation import validate
 
@@ -41,7 +41,7 @@ def _sizes(x: Tensor, ln_weight: Any, ln_bias: Any, w_down: Tensor, *_: Any) -> 
     return x.numel() // d, d, r
 
 
-OP = Op(__name__, impls=("cpp", "triton", "cuda"), preference=_preference, sizes=_sizes)
+OP = Op(__name__, impls=("cpp", "triton", "cuda"), preference=fastest_on_cpus, sizes=_sizes)
 
 # `scale` and `alpha` are the tensor and the float form of the scale. z is the pre-activation [..., r] in x's dtype,
 # mean and rstd are [rows] (no mean of RMSNorm), all three empty when `save` is false. y has the promoted dtype of x
