@@ -113,7 +113,7 @@ def bench(
     )
     torch.set_num_threads(threads or torch.get_num_threads())
     console = Console(highlight=False, quiet=as_json)
-    console.width = max(console.width, 120)  # a row each, also where there is no terminal
+    console.width = max(console.width, 132)  # a row each, also where there is no terminal
     found, measurements = _run(plan, console)
     if old is not None and not found["wrong"]:
         comparison = compare(old, found)
