@@ -172,6 +172,16 @@ def test_nan_and_infinity_pass_as_in_eager(case, impl):
         torch.testing.assert_close(ours[finite], eager[finite], rtol=1e-4, atol=1e-4)
 
 
+@EVERY_GRADIENT
+def test_rows_of_the_gradient_may_lie_apart(case, impl):
+    call = inputs(case, impl)
+    y = case.fn(**arguments(call), impl=impl)
+    g = torch.randn(y.shape, dtype=y.dtype).to(y.device)
+    apart = torch.cat([g, torch.full_like(g, torch.nan)], -1)[..., : g.shape[-1]]
+    dense, strided = (torch.autograd.grad(y, [*tensors(call).values()], v, retain_graph=True) for v in (g, apart))
+    assert all(torch.equal(a, b) for a, b in zip(dense, strided, strict=True))
+
+
 @EVERY_IMPL
 def test_bit_identical_over_ten_runs(case, impl):
     call = inputs(case, impl, n=129)
