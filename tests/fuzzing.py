@@ -7,15 +7,14 @@ where an element is not finite by whether ours is finite where it has to be.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from optimizers import OPTIMIZERS, Trio, entry
-from table import DTYPES, device
+from table import DTYPES, device, setting
 from torch import Tensor
 
 from petl_kernels.testing import CASES, DRAWS, Case, Inputs, Outcome, errors, in_float64, judge_draws, run
@@ -56,24 +55,6 @@ SPECIALS = {
     "inf": lambda t, seed: _one(t, torch.inf, seed),
     "-inf": lambda t, seed: _one(t, -torch.inf, seed),
 }
-
-
-@contextmanager
-def setting(isa: str | None, threads: int) -> Iterator[None]:
-    """With this instruction set of the CPU kernels and this number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    if isa is not None:
-        from petl_kernels import _cpu
-
-        active = _cpu.isa()
-        _cpu.set_isa(isa)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-        if isa is not None:
-            _cpu.set_isa(active)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ narrows them to some implementations, for work where the others cannot be.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import product
 from typing import Any
@@ -89,6 +90,24 @@ def table(compiled: bool = False) -> list[Any]:
                 name = f"{case.name}-{sample['id']}-{impl}-{short(dtype)}"
                 parameters.append(pytest.param(case, sample, impl, dtype, id=name, marks=marks(impl)))
     return parameters
+
+
+@contextmanager
+def setting(isa: str | None = None, threads: int | None = None) -> Iterator[None]:
+    """With this instruction set of the CPU kernels and this number of threads; None leaves either as it is."""
+    before, active = torch.get_num_threads(), None
+    torch.set_num_threads(before if threads is None else threads)
+    try:
+        if isa is not None:
+            from petl_kernels import _cpu
+
+            active = _cpu.isa()
+            _cpu.set_isa(isa)
+        yield
+    finally:
+        torch.set_num_threads(before)
+        if active is not None:
+            _cpu.set_isa(active)
 
 
 def inputs(case: Case, impl: str, dtype: torch.dtype = torch.float32, /, seed: int = 0, **sample: Any) -> Inputs:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from table import check_refused, device, kernels
+from table import check_refused, device, kernels, setting
 
 from petl_kernels import adapter_bank, bottleneck_adapter
 from petl_kernels.testing import CASES, check
@@ -104,14 +104,10 @@ def test_sorted_scattered_and_single_samples_agree_with_one_adapter(impl):
 
 @pytest.mark.parametrize("threads", [1, 3, 8])
 def test_threads_share_tasks(threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with setting(threads=threads):
         for tokens in ((200,), (3,)):
             call = CASE.inputs(dict(n=29, d=128, r=40, tasks=4, tokens=tokens))
             assert check(CASE, call, impl="cpp") == []
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.skipif("cpp" not in KERNELS, reason="the check of the C++ kernels")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from table import DTYPES, check_refused, demanded
+from table import DTYPES, check_refused, demanded, setting
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -273,9 +273,8 @@ def test_the_number_of_threads_changes_no_bit():
         channel_weight=torch.randn(40, 100, requires_grad=True), channel_bias=torch.randn(40, requires_grad=True)
     )
     leaves = [call["channel_weight"], call["channel_bias"]]
-    threads, results = torch.get_num_threads(), []
+    results = []
     for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        results.append(torch.autograd.grad(channel_linear(**call, impl="cpp").square().sum(), leaves))
-    torch.set_num_threads(threads)
+        with setting(threads=count):
+            results.append(torch.autograd.grad(channel_linear(**call, impl="cpp").square().sum(), leaves))
     assert all(torch.equal(a, b) for again in results[1:] for a, b in zip(results[0], again))

@@ -12,7 +12,7 @@ from array import array
 import pytest
 import torch
 from optimizers import CONFIGURATIONS, ENTRIES, EVERY_IMPL, OPS, Trio, entries, entry, gathered, impl_dtype
-from table import Recorder, device
+from table import Recorder, device, setting
 from torch.nn import Parameter
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -104,31 +104,24 @@ def test_gradients_of_any_layout(impl):
 @EVERY_IMPL
 @pytest.mark.parametrize("kind", OPS)
 def test_bit_identical_over_ten_runs_and_any_threads(impl, kind):
-    threads, found = torch.get_num_threads(), []
-    try:
-        for run in range(10 if impl != "triton" else 3):
-            torch.set_num_threads((2, 1, 3, 7)[run % 4])
+    found = []
+    for run in range(10 if impl != "triton" else 3):
+        with setting(threads=(2, 1, 3, 7)[run % 4]):
             trio = Trio([entry((130, 260), list(range(0, 130, 3)), on=device(impl))], kind, {"lr": 0.3}, impl)
             trio.step(2)
-            found.append(trio.entries[0].param.detach().clone())
-    finally:
-        torch.set_num_threads(threads)
+        found.append(trio.entries[0].param.detach().clone())
     assert all(torch.equal(found[0], again) for again in found[1:])
 
 
 def test_every_instruction_set_is_correct():
     _cpu = pytest.importorskip("petl_kernels._cpu")
-    before = _cpu.isa()
-    try:
-        for name in _cpu.isas():
-            _cpu.set_isa(name)
+    for name in _cpu.isas():
+        with setting(name):
             for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
                 for kind, options in (CONFIGURATIONS["adamw"], CONFIGURATIONS["sgd-nesterov"]):
                     trio = Trio(list(entries("cpp", dtype).values()), kind, options, "cpp")
                     trio.step(3)
                     assert trio.failures() == [], (name, dtype)
-    finally:
-        _cpu.set_isa(before)
 
 
 @pytest.mark.parametrize("kind", OPS)

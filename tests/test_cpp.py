@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 
 import pytest
 import torch
+from table import setting
 
 from petl_kernels import _cpu, bottleneck_adapter
 from petl_kernels.testing import CASES, check, check_draws, run
@@ -16,22 +15,12 @@ ISAS = _cpu.isas()
 HALVES = (torch.bfloat16, torch.float16)
 
 
-@contextmanager
-def isa(name: str) -> Iterator[None]:
-    before = _cpu.isa()
-    _cpu.set_isa(name)
-    try:
-        yield
-    finally:
-        _cpu.set_isa(before)
-
-
 @pytest.mark.parametrize("name", ISAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES], ids=str)
 def test_every_instruction_set_is_correct(name: str, dtype: torch.dtype) -> None:
     for case in (c for c in CASES if "cpp" in c.op.impls):
         for sample in case.samples:
-            with isa(name):
+            with setting(name):
                 draw = partial(case.inputs, sample, dtype, None, "cpu")
                 assert not check_draws(case, draw, impl="cpp"), sample["id"]
 
@@ -56,7 +45,7 @@ def test_every_16_bit_value_survives(name: str, dtype: torch.dtype) -> None:
     """Widened and narrowed again (residual -> y of a branch that is zero) each pattern is itself, NaN stays NaN."""
     values = every_value(dtype).reshape(64, 1024)
     zero = torch.zeros(1, 1024, dtype=dtype)
-    with isa(name):
+    with setting(name):
         y = bottleneck_adapter(torch.zeros_like(values), zero, None, zero.t(), None, residual=values, impl="cpp")
     torch.testing.assert_close(y, values, rtol=0, atol=0, equal_nan=True)
 
@@ -71,7 +60,7 @@ def test_rounding_is_to_nearest_even(name: str, dtype: torch.dtype) -> None:
         [exact, between, torch.nextafter(between, exact[1:]), torch.tensor([3.4e38, 1e-45, 65519.9, 65520.0])]
     )
     x, zero = torch.zeros(1, 1, dtype=dtype), torch.zeros(1, 1, dtype=torch.float32)
-    with isa(name):
+    with setting(name):
         y = bottleneck_adapter(x, zero, None, zero.expand(values.numel(), 1), values, impl="cpp")
     torch.testing.assert_close(y[0], values.to(dtype), rtol=0, atol=0, equal_nan=True)
 
@@ -80,13 +69,9 @@ def test_rounding_is_to_nearest_even(name: str, dtype: torch.dtype) -> None:
 def test_any_number_of_threads(threads: int) -> None:
     case = CASES[0]
     inputs = case.inputs({"n": 700, "d": 160, "r": 24, "scale": ("d_out",)})
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with setting(threads=threads):
         assert not check(case, inputs, impl="cpp")
         first, second = (run(case.fn, inputs, impl="cpp") for _ in range(2))
-    finally:
-        torch.set_num_threads(before)
     for (name, a), (_, b) in zip(first.items(), second.items()):
         assert torch.equal(a, b), name
 

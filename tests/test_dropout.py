@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from table import impls
+from table import impls, setting
 from torch.utils.checkpoint import checkpoint
 
 from petl_kernels import bottleneck_adapter
@@ -58,25 +58,18 @@ def test_every_implementation_drops_the_same(impl):
 def test_every_instruction_set_drops_the_same():
     from petl_kernels import _cpu
 
-    active, seed = _cpu.isa(), torch.tensor([3])
-    try:
-        for isa in _cpu.isas():
-            _cpu.set_isa(isa)
+    seed = torch.tensor([3])
+    for isa in _cpu.isas():
+        with setting(isa):
             for dtype in (torch.float32, torch.float64, torch.bfloat16):
                 assert torch.equal(dropped(131, 70, 0.3, seed, "cpp", dtype) != 0, keep(seed, 131, 70, 0.3))
-    finally:
-        _cpu.set_isa(active)
 
 
 def test_the_number_of_threads_does_not_matter():
-    threads, seed = torch.get_num_threads(), torch.tensor([3])
-    results = []
-    try:
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
+    seed, results = torch.tensor([3]), []
+    for count in (1, 2, 5):
+        with setting(threads=count):
             results.append(dropped(3000, 64, 0.3, seed, "cpp"))
-    finally:
-        torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
