@@ -17,7 +17,7 @@ SANITIZER ?= compute-sanitizer
 # Of a checkout that may not be installed there; cmake and ninja are beside the interpreter.
 ON_GPU := PYTHONPATH=$(CURDIR) PATH="$(abspath $(dir $(GPU_PYTHON))):$$PATH"
 
-.PHONY: demo two-stage test lint test-cpp test-tsan test-python fuzz soak test-integrations resources bench clean
+.PHONY: demo two-stage test lint test-cpp test-tsan test-python test-long fuzz soak test-integrations resources bench clean
 .PHONY: gpu build-gpu test-gpu sanitize bench-gpu crossover
 
 demo: $(READY)
@@ -59,7 +59,11 @@ soak: $(READY)
 	$(BIN)/python tests/soak.py
 
 test-python: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not resources and not distributed'
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not resources and not distributed and not long'
+
+# Calls of the table that `make test` has no time for; a job of its own in CI.
+test-long: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m long
 
 resources: $(READY)
 	$(BIN)/python -m pytest -n 2 tests/test_triton_compile.py

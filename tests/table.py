@@ -76,16 +76,22 @@ def interpreted(impl: str) -> bool:
     return impl == "triton" and device(impl) == "cpu"
 
 
-def table(compiled: bool = False) -> list[Any]:
-    """Parameters (case, sample, impl, dtype): every dtype in eager, compiled float32 where no interpreter computes.
+def long_if(parameters: list[Any], condition: Callable[..., bool]) -> list[Any]:
+    """The parameters, those of which the condition holds left to `make test-long`."""
+    marked = [[*p.marks, pytest.mark.long] if condition(*p.values) else p.marks for p in parameters]
+    return [pytest.param(*p.values, id=p.id, marks=marks) for p, marks in zip(parameters, marked)]
 
-    Compiled, dtypes and kernels are a matter of tracing, the same for all of them; what they compute, eager calls have
-    shown, and test_autocast compiles the typical calls of each.
-    """
+
+# Compiled, a dtype is a matter of tracing: which kernels it reaches, eager calls have shown.
+COMPILED = {"reference": (torch.float32,), "triton": (torch.float32,)}
+
+
+def table(compiled: bool = False) -> list[Any]:
+    """Parameters (case, sample, impl, dtype): every dtype in eager, float32 compiled, of cpp bfloat16 too."""
     parameters = []
     for case in CASES:
         for impl in impls(case):
-            dtypes = DTYPES[impl] if not compiled else () if interpreted(impl) else (torch.float32,)
+            dtypes = COMPILED.get(impl, (torch.float32, torch.bfloat16)) if compiled else DTYPES[impl]
             for sample, dtype in product(case.samples, dtypes):
                 name = f"{case.name}-{sample['id']}-{impl}-{short(dtype)}"
                 parameters.append(pytest.param(case, sample, impl, dtype, id=name, marks=marks(impl)))
