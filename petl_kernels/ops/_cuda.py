@@ -14,7 +14,7 @@ try:
 except ImportError as error:
     raise ImportError(f"petl_kernels has no CUDA kernels here (`petl-kernels env` says why): {error}") from error
 
-__all__ = ["Workspace", "_cuda", "cannot_run", "capability", "launch_on", "too_wide"]
+__all__ = ["Workspace", "_cuda", "addable", "cannot_run", "capability", "launch_on", "too_wide"]
 
 Launch = tuple[int, int, int, int, bool]
 
@@ -52,6 +52,16 @@ def too_wide(x: Tensor, w_down: Tensor) -> str | None:
     if w_down.shape[0] <= widest:
         return None
     return f"its bottleneck is at most {widest} wide in {x.dtype}, got r = {w_down.shape[0]}"
+
+
+def addable(residual: Tensor | None, x: Tensor) -> Tensor | None:
+    """A residual as the kernels add it, which know one dtype of rows: a narrower one is widened.
+
+    None for a wider one, too, which is added to the rounded branch, as eager adds it.
+    """
+    if residual is None or residual.dtype == x.dtype:
+        return residual
+    return residual.to(x.dtype) if torch.promote_types(x.dtype, residual.dtype) == x.dtype else None
 
 
 @cache

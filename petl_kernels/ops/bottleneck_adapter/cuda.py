@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from petl_kernels.ops._cuda import Workspace, _cuda, cannot_run, launch_on, too_wide
+from petl_kernels.ops._cuda import Workspace, _cuda, addable, cannot_run, launch_on, too_wide
 from petl_kernels.ops._gradients import new_gradients
 from petl_kernels.ops._rows import row_major, rows
 from petl_kernels.ops.bottleneck_adapter.reference import CODES
@@ -36,11 +35,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """y [..., d_out] and z [..., r] (empty unless `save_z`); shapes and dtypes as in the op's schema."""
     (r, d_in), d_out = w_down.shape, w_up.shape[0]
-    added = residual
-    if residual is not None and residual.dtype != x.dtype:
-        # The kernel knows one dtype of rows: a narrower residual is widened, a wider one added to the rounded branch,
-        # as eager adds it.
-        added = residual.to(x.dtype) if torch.promote_types(x.dtype, residual.dtype) == x.dtype else None
+    added = addable(residual, x)
     y = x.new_empty((*x.shape[:-1], d_out))
     z = x.new_empty((*x.shape[:-1], r) if save_z else (0,))
     if y.numel() > 0:
